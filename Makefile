@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+# Each target makes its own environment first; see .ci/bootstrap.py.
+
+PYTHON ?= python3
+VLLM ?= 0.32.0
+PYTEST_ARGS ?=
+# MODEL=<path or hub id>: the demo with a model of your own.
+MODEL ?=
+# DTYPE=float32: the demo without bfloat16's near-ties; all answers are then identical.
+DTYPE ?= bfloat16
+
+VENV := $(if $(filter 0.32.0,$(VLLM)),.venv,.venv-$(VLLM))
+RUN := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@echo "settings: MODEL=<path or hub id> DTYPE=float32 (demo), VLLM=0.27.0 (test), PYTEST_ARGS='-m parity' (test),"
+	@echo "          PYTHON=python3.12, TORCH_INDEX_URL=<PyTorch's CPU wheel index>"
+
+setup:
+	@$(PYTHON) .ci/bootstrap.py --venv $(VENV) --vllm $(VLLM)
+
+demo: setup  ## plain vLLM and KnapSpec side by side, on a real model
+	@$(RUN) -m knapspec_vllm.bench.demo --dtype $(DTYPE) $(if $(MODEL),--model '$(MODEL)')
+
+test: setup  ## all tests (VLLM=0.27.0: on that version, in an environment of its own)
+	@$(RUN) -m pytest $(PYTEST_ARGS)
+
+lint: setup  ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: setup  ## apply ruff's fixes and formatting
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:  ## remove environments, builds and caches (prepared models stay)
+	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

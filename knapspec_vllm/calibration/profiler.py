@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times target steps and draft forwards on the running engine, before it serves.
+
+The KV cache is allocated and still empty, so any block may be used: rows get block tables spread
+over the cache, and what the measurements write is never visible to a request. Draft forwards are
+timed as they will run, through the drafter, Python and metadata included; the target is called as
+vLLM calls it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from knapspec_vllm.draft.drafter import Drafter
+from knapspec_vllm.draft.engine import Engine
+from knapspec_vllm.draft.metadata import StepMetadata, slots_of
+from knapspec_vllm.draft.rows import DraftRows
+from knapspec_vllm.planner.costs import CostSample
+from knapspec_vllm.planner.types import Mode, Plan
+
+logger = logging.getLogger("vllm.knapspec")
+
+#: Timed repetitions of a cell after one warm-up; the model fit takes the median.
+_REPEATS = 3
+_SHORT_CONTEXT = 192
+_LONG_CONTEXT = 4096
+_MAX_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One batch shape: rows, and each row's context length in tokens."""
+
+    rows: int
+    context: int
+
+
+def measure(
+    engine: Engine,
+    drafter: Drafter,
+    num_speculative_tokens: int,
+    max_rows: int,
+    budget_seconds: float,
+) -> list[CostSample]:
+    """Cost samples of as many cells as the budget allows, the most useful ones first.
+
+    The first cell is always measured, because nothing can be priced without it, but once half the
+    budget is gone each of its shapes is timed only once.
+    """
+    start = time.perf_counter()
+    hurry = start + 0.5 * budget_seconds
+    cells = list(_cells(engine, num_speculative_tokens, max_rows))
+    samples: list[CostSample] = []
+    for done, cell in enumerate(cells):
+        spent = time.perf_counter() - start
+        # A cell costs in proportion to its tokens at most; stop before the one that would overrun.
+        if done and spent + (spent / done) > budget_seconds:
+            break
+        samples.extend(_measure_cell(engine, drafter, num_speculative_tokens, cell, hurry))
+        logger.info(
+            "KnapSpec calibration: batch %d, context %d (%d of %d shapes, %.1f of %.0f s)",
+            cell.rows, cell.context, done + 1, len(cells), time.perf_counter() - start,
+            budget_seconds,
+        )  # fmt: skip
+    return samples
+
+
+def uniform_plans(num_layers: int) -> dict[str, Plan]:
+    """The plans whose differences price the items, by sample kind."""
+
+    def plan(attention: Mode, mlp: Mode) -> Plan:
+        return Plan((attention, mlp) * num_layers)
+
+    return {
+        "draft_full": plan(Mode.FULL, Mode.FULL),
+        "draft_window": plan(Mode.WINDOW, Mode.FULL),
+        "draft_no_attention": plan(Mode.SKIP, Mode.FULL),
+        "draft_no_mlp": plan(Mode.FULL, Mode.SKIP),
+        "draft_empty": plan(Mode.SKIP, Mode.SKIP),
+    }
+
+
+def _cells(engine: Engine, num_speculative_tokens: int, max_rows: int) -> Iterator[Cell]:
+    """Corners first, then the rows between them."""
+    room = engine.max_model_len - num_speculative_tokens - 2
+    cache_tokens = (engine.num_blocks - 1) * engine.block_size
+    contexts = sorted({min(_SHORT_CONTEXT, room), min(_LONG_CONTEXT, room)})
+    rows = [1]
+    while rows[-1] * 2 <= min(max_rows, _MAX_ROWS):
+        rows.append(rows[-1] * 2)
+    # 1, 4, 2, 8, 16, 32: a batch of four tells more about the slope than a batch of two.
+    rows.sort(key=lambda n: (n > 4, n != 1, n != 4, n))
+    for count in rows:
+        for context in contexts:
+            if count * (context + num_speculative_tokens + 2) <= cache_tokens:
+                yield Cell(count, context)
+
+
+@torch.inference_mode()
+def _measure_cell(
+    engine: Engine, drafter: Drafter, num_speculative_tokens: int, cell: Cell, hurry: float
+) -> list[CostSample]:
+    rows = _fake_rows(engine, cell, num_speculative_tokens)
+    samples: list[CostSample] = []
+
+    def sample(kind: str, tokens_per_row: int, run: Callable[[], object]) -> None:
+        context = cell.rows * cell.context
+        samples.extend(
+            CostSample(kind, cell.rows, tokens_per_row, context, time_us)
+            for time_us in _time(engine, run, hurry)
+        )
+
+    verify = sorted({1, 2, 1 + (num_speculative_tokens + 1) // 2, 1 + num_speculative_tokens})
+    for tokens_per_row in verify:
+        sample("step", tokens_per_row, _target_step(engine, rows, tokens_per_row))
+    for kind, plan in uniform_plans(engine.view.num_layers).items():
+        windows = drafter.windows(plan, rows, num_speculative_tokens)
+        sample(kind, 1, lambda p=plan, w=windows: _draft_step(drafter, p, rows, w))  # type: ignore[misc]
+    return samples
+
+
+def _draft_step(drafter: Drafter, plan: Plan, rows: DraftRows, windows: object) -> None:
+    tokens, confidence = drafter.forward(plan, rows, windows, 0)  # type: ignore[arg-type]
+    tokens.tolist()
+    confidence.tolist()
+
+
+def _target_step(engine: Engine, rows: DraftRows, tokens_per_row: int) -> Callable[[], object]:
+    """A verify-shaped step: every row feeds `tokens_per_row` tokens, logits and argmax for all."""
+    metadata = StepMetadata(engine)
+    offsets = torch.arange(tokens_per_row, device=engine.device)
+    positions = rows.positions[:, None] + offsets
+    slots = slots_of(rows.block_table, positions, engine.block_size).flatten()
+    positions = positions.flatten()
+    tokens = rows.tokens.repeat_interleave(tokens_per_row)
+    # vLLM's runner feeds int32 ids: another dtype would make a compiled target trace again.
+    ids = tokens.int()
+
+    def run() -> object:
+        built = metadata.build(
+            rows.block_table,
+            rows.positions + tokens_per_row,
+            slots,
+            positions,
+            rows.host_positions[0] + tokens_per_row,
+            tokens_per_row,
+        )
+        with metadata.active(built, slots):
+            hidden = engine.target(
+                input_ids=ids, positions=positions, intermediate_tensors=None, inputs_embeds=None
+            )
+        return engine.view.logits(hidden).argmax(dim=-1).tolist()
+
+    return run
+
+
+def _time(engine: Engine, run: Callable[[], object], hurry: float) -> list[float]:
+    """Microseconds of each timed repetition; a single one after the time `hurry`."""
+    run()
+    times: list[float] = []
+    while len(times) < _REPEATS and (not times or time.perf_counter() < hurry):
+        engine.synchronize()
+        start = time.perf_counter()
+        run()
+        engine.synchronize()
+        times.append((time.perf_counter() - start) * 1e6)
+    return times
+
+
+def _fake_rows(engine: Engine, cell: Cell, num_speculative_tokens: int) -> DraftRows:
+    """Rows at position context - 1 with disjoint block tables where the cache is large enough."""
+    per_row = -(-(cell.context + num_speculative_tokens + 1) // engine.block_size)
+    blocks = torch.arange(cell.rows * per_row, dtype=torch.int32) % (engine.num_blocks - 1) + 1
+    position = cell.context - 1
+    vocabulary = engine.vllm_config.model_config.get_vocab_size()
+    tokens = torch.arange(cell.rows, dtype=torch.int64) * 7919 % vocabulary
+    return DraftRows(
+        index=list(range(cell.rows)),
+        req_ids=[f"calibration-{i}" for i in range(cell.rows)],
+        tokens=tokens.to(engine.device),
+        positions=torch.full((cell.rows,), position, device=engine.device),
+        host_positions=[position] * cell.rows,
+        limits=[num_speculative_tokens] * cell.rows,
+        block_table=blocks.view(cell.rows, per_row).to(engine.device),
+    )

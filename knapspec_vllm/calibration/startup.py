@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gives a proposer its cost curves before the server takes requests: stored ones, else measured."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from knapspec_vllm.calibration.profiler import measure
+from knapspec_vllm.calibration.store import (
+    Calibration,
+    CalibrationStore,
+    fingerprint,
+    store_directory,
+)
+from knapspec_vllm.draft.proposer import KnapSpecProposer
+from knapspec_vllm.planner.costs import CostModel
+from knapspec_vllm.planner.types import Frontier
+
+logger = logging.getLogger("vllm.knapspec")
+
+
+def calibrate(proposer: KnapSpecProposer) -> None:
+    """Load or measure, store, and start the proposer's planning. Every TP rank must call it.
+
+    All ranks run the measurements (the forwards contain collectives); rank 0's numbers count.
+    """
+    engine, config, agreement = proposer.engine, proposer.config, proposer.agreement
+    assert engine is not None
+    store = CalibrationStore(
+        store_directory(config.store_dir),
+        fingerprint(
+            engine.vllm_config,
+            proposer.num_speculative_tokens,
+            {"window_tokens": config.window_tokens, "sink_tokens": config.sink_tokens},
+        ),
+    )
+    found = None
+    if config.calibration != "force" and agreement.leads:
+        found = store.load()
+    found = agreement.share(found)
+    if found is not None:
+        logger.info("KnapSpec uses the calibration stored in %s", store.path)
+    elif config.calibration != "off" and not _fully_forced(proposer):
+        found = Calibration(_measure(proposer), None)
+        if agreement.leads:
+            store.save(found)
+            logger.info("KnapSpec stored its calibration in %s", store.path)
+
+    costs = None if found is None else found.costs
+
+    def keep(frontier: Frontier) -> None:
+        if costs is not None:
+            store.save(Calibration(costs, frontier))
+
+    proposer.use(costs, None if found is None else found.frontier, keep)
+
+
+def _fully_forced(proposer: KnapSpecProposer) -> bool:
+    """A forced plan of forced length needs no prices."""
+    return proposer.config.plan != "auto" and proposer.config.draft_length is not None
+
+
+def _measure(proposer: KnapSpecProposer) -> CostModel:
+    engine = proposer.engine
+    assert engine is not None
+    start = time.perf_counter()
+    samples = measure(
+        engine,
+        proposer.drafter,
+        proposer.num_speculative_tokens,
+        engine.vllm_config.scheduler_config.max_num_seqs,
+        proposer.config.calibration_seconds,
+    )
+    model = CostModel.fit(samples, engine.view.num_layers, proposer.geometry.kept_tokens(1 << 30))
+    logger.info(
+        "KnapSpec measured %d cost samples in %.1f s", len(samples), time.perf_counter() - start
+    )
+    return proposer.agreement.share(model)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafting with the target's own sublayers over its paged KV cache, inside vLLM."""

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads K and V back from an attention backend's paged cache, whatever its layout.
+
+Backends store blocks in layouts of their own: FlashAttention token-major, CPU kernels in tiles
+packed for AMX or AVX-512. Instead of naming layouts, the backend's own writer is asked: known
+values are written into a scratch cache of two blocks, and where each (token, head, dim) landed is
+the layout. One code path then reads every backend whose writer only moves elements around.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+#: Ids are written in base 8 as digits 1..8, which every cache dtype down to fp8 e5m2 holds exactly.
+_BASE = 8
+
+
+class UnknownCacheLayoutError(RuntimeError):
+    """The backend's cache writer is not a rearrangement that can be read back."""
+
+
+class CacheLayout:
+    """Element offsets of K and V inside one cache block of an attention layer.
+
+    Raises:
+        UnknownCacheLayoutError: the backend has no separate writer, or reading back failed.
+    """
+
+    def __init__(self, layer: Any, block_size: int) -> None:
+        """layer: a vLLM `Attention` module with a bound kv_cache; block_size in tokens."""
+        self.block_size = block_size
+        self.num_heads = layer.num_kv_heads
+        self.head_dim = layer.head_size
+        self._fp8 = _fp8_dtype(layer)
+        impl = layer.impl
+        if (
+            not hasattr(impl, "do_kv_cache_update")
+            or layer.attn_backend.forward_includes_kv_cache_update
+        ):
+            raise UnknownCacheLayoutError(
+                f"{type(impl).__name__} writes its KV cache inside the attention kernel"
+            )
+        cache = layer.kv_cache
+        #: Axis of `cache` that counts blocks: the one as long as the whole cache has blocks.
+        self._block_axis = _block_axis(cache, block_size, self.num_heads * self.head_dim * 2)
+        self._key_offsets, self._value_offsets = self._probe(layer, cache)
+
+    def read(
+        self,
+        layer: Any,
+        # [num_blocks] int64
+        blocks: torch.Tensor,
+        num_tokens: int,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the first `num_tokens` tokens in `blocks`: two [num_tokens, heads, dim]."""
+        chosen = layer.kv_cache.index_select(self._block_axis, blocks).movedim(self._block_axis, 0)
+        return self.read_blocks(layer, chosen, num_tokens, dtype)
+
+    def read_blocks(
+        self, layer: Any, blocks: torch.Tensor, num_tokens: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `read`, from a copy of cache blocks with the block axis in front."""
+        flat = blocks.reshape(len(blocks), -1)
+        if self._fp8 is not None:
+            flat = flat.view(self._fp8)
+        shape = (-1, self.num_heads, self.head_dim)
+        key = flat[:, self._key_offsets].reshape(shape)[:num_tokens].to(dtype)
+        value = flat[:, self._value_offsets].reshape(shape)[:num_tokens].to(dtype)
+        if self._fp8 is not None:
+            key, value = key * layer._k_scale_float, value * layer._v_scale_float
+        return key, value
+
+    def _blocks_first(self, cache: torch.Tensor) -> torch.Tensor:
+        """[num_blocks, elements of a block], in the logical order of the remaining axes."""
+        return cache.movedim(self._block_axis, 0).reshape(cache.shape[self._block_axis], -1)
+
+    def _probe(self, layer: Any, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Offsets [block_size * heads * head_dim] int64 of K's and V's elements within a block."""
+        scratch = _empty_blocks(cache, self._block_axis, count=2)
+        count = self.block_size * self.num_heads * self.head_dim
+        device = cache.device
+        # Every element gets an id, written digit by digit; digits start at 1, so 0 means untouched.
+        rest = torch.arange(2 * count, device=device)
+        found = torch.zeros(self._blocks_first(scratch).shape[1], dtype=torch.int64, device=device)
+        written = torch.ones_like(found, dtype=torch.bool)
+        # Into block 1, so that a writer that ignores the slots does not pass for one that works.
+        slots = torch.arange(self.block_size, device=device) + self.block_size
+        place = 1
+        while place < 2 * count:
+            digits = (rest % _BASE + 1).view(2, self.block_size, self.num_heads, self.head_dim)
+            scratch.zero_()
+            self._write(layer, digits, scratch, slots)
+            seen = self._blocks_first(scratch)[1]
+            seen = (seen.view(self._fp8) if self._fp8 is not None else seen).float().round().long()
+            written &= seen > 0
+            found += (seen - 1) * place
+            rest, place = rest // _BASE, place * _BASE
+        offsets = torch.full((2 * count,), -1, dtype=torch.int64, device=device)
+        where = (written & (found >= 0) & (found < 2 * count)).nonzero()[:, 0]
+        offsets[found[where]] = where
+        if bool((offsets < 0).any()):
+            raise UnknownCacheLayoutError(
+                f"{type(layer.impl).__name__} does not store K and V as plain elements"
+            )
+        return offsets[:count], offsets[count:]
+
+    def _write(
+        self, layer: Any, digits: torch.Tensor, scratch: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        dtype = torch.bfloat16 if self._fp8 is not None else scratch.dtype
+        key, value = digits.to(dtype)
+        if self._fp8 is not None:  # the writer divides by the scales; store plain digits
+            key, value = key * layer._k_scale_float, value * layer._v_scale_float
+        layer.impl.do_kv_cache_update(layer, key, value, scratch, slots)
+
+
+def _empty_blocks(cache: torch.Tensor, block_axis: int, count: int) -> torch.Tensor:
+    """A cache of `count` blocks with the axis order in memory of `cache` (NHD or HND)."""
+    shape = list(cache.shape)
+    shape[block_axis] = count
+    order = sorted(range(cache.dim()), key=lambda axis: -cache.stride(axis))
+    dense = torch.empty([shape[axis] for axis in order], dtype=cache.dtype, device=cache.device)
+    return dense.permute([order.index(axis) for axis in range(cache.dim())])
+
+
+def _fp8_dtype(layer: Any) -> torch.dtype | None:
+    name = str(getattr(layer, "kv_cache_dtype", "auto"))
+    if not name.startswith("fp8"):
+        return None
+    return torch.float8_e5m2 if name.endswith("e5m2") else torch.float8_e4m3fn
+
+
+def _block_axis(cache: torch.Tensor, block_size: int, elements_per_token: int) -> int:
+    """The axis over blocks: dropping it must leave exactly one block's elements."""
+    per_block = block_size * elements_per_token
+    for axis in range(cache.dim()):
+        if cache.numel() == cache.shape[axis] * per_block:
+            return axis
+    raise UnknownCacheLayoutError(
+        f"a KV cache of shape {tuple(cache.shape)} does not hold {per_block} elements a block"
+    )

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the drafter needs to know of the engine, and nothing of which vLLM runner it came from."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from knapspec_vllm.draft.cache_layout import CacheLayout
+from knapspec_vllm.models.view import SublayerView
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One worker's engine as the drafter, the branch runner and the calibration see it.
+
+    block_size is in tokens and matches the block tables handed to the drafter; num_blocks is how
+    many such blocks the KV cache has (block 0 is vLLM's null block).
+    """
+
+    vllm_config: Any
+    view: SublayerView
+    #: The compiled (or eager) target module, called as vLLM's runner calls it.
+    target: Any
+    #: vLLM AttentionGroups over all layers, with metadata builders of our own.
+    attention_groups: tuple[Any, ...]
+    layer_names: tuple[str, ...]
+    device: torch.device
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    #: How K and V lie in each layer's cache, by layer name; empty where that is unknown.
+    layouts: dict[str, CacheLayout]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vllm_config.model_config.dtype
+
+    def synchronize(self) -> None:
+        """Wait for the device; a no-op on a CPU."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+
+def own_attention_groups(
+    groups: list[Any], vllm_config: Any, device: torch.device
+) -> tuple[Any, ...]:
+    """Copies of vLLM's AttentionGroups with builders of their own.
+
+    Some builders keep persistent buffers that the target's captured graphs read, so sharing them
+    between the target's and the draft's metadata would corrupt one of the two.
+    """
+    from vllm.config import set_current_vllm_config
+
+    own = []
+    with set_current_vllm_config(vllm_config):
+        for group in groups:
+            block_size = group.get_metadata_builder().kv_cache_spec.block_size
+            group = copy.copy(group)
+            group.metadata_builders = []
+            group.create_metadata_builders(vllm_config, device, block_size)
+            own.append(group)
+    return tuple(own)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decides what a round drafts, and when to solve for new plans."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from knapspec_vllm.config import KnapSpecConfig
+from knapspec_vllm.draft.agreement import Agreement
+from knapspec_vllm.draft.branches import ReferenceRow, VllmBranches
+from knapspec_vllm.draft.engine import Engine
+from knapspec_vllm.draft.windows import WindowGeometry
+from knapspec_vllm.metrics.stats import Stats
+from knapspec_vllm.planner.acceptance import AcceptanceModel
+from knapspec_vllm.planner.costs import CostModel
+from knapspec_vllm.planner.policy import Policy
+from knapspec_vllm.planner.solver import ItemWeights, SolverSettings, solve
+from knapspec_vllm.planner.types import Batch, Choice, Frontier, Mode, Plan
+
+logger = logging.getLogger("vllm.knapspec")
+
+
+class Planning:
+    """Policy, acceptance and solver of one engine, agreed on by its tensor-parallel ranks.
+
+    Without cost curves (`calibration: off` and none stored) only forced settings draft.
+    """
+
+    def __init__(
+        self,
+        config: KnapSpecConfig,
+        engine: Engine,
+        geometry: WindowGeometry,
+        agreement: Agreement,
+        stats: Stats,
+        num_speculative_tokens: int,
+        costs: CostModel | None,
+        frontier: Frontier | None,
+        on_frontier: Callable[[Frontier], None],
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._geometry = geometry
+        self._agreement = agreement
+        self._stats = stats
+        self._on_frontier = on_frontier
+        self._forced = (
+            None if config.plan == "auto" else Plan.parse(config.plan, engine.view.num_layers)
+        )
+        self._forced_length = config.draft_length
+        self.acceptance = AcceptanceModel(config.prior_weight, config.feedback_half_life)
+        self.policy: Policy | None = None
+        if costs is not None:
+            self.policy = Policy(
+                config, costs, self.acceptance, num_speculative_tokens, engine.view.num_layers
+            )
+            if frontier is not None:
+                self.policy.set_frontier(frontier)
+        #: What the last round did, and the last round that drafted.
+        self.last_choice = Choice(None, 0, 1.0, "no round yet")
+        self.last_drafting_choice = self.last_choice
+        self._logged = False
+        self._solve_requested = False
+
+    def choose(
+        self,
+        batch: Batch,
+        max_draft_length: int,
+        references: Callable[[], list[ReferenceRow]],
+    ) -> Choice:
+        """What this round drafts; solves first when the policy asks. All TP ranks call it."""
+        self._stats.rounds += 1
+        if max_draft_length <= 0:  # rows about to end: says nothing of the plan, so keep it
+            self._stats.declined_rounds["no room"] += 1
+            return Choice(None, 0, 1.0, "no room for a draft in this batch", "no room")
+        choice = self._without_costs(max_draft_length)
+        if choice is None:
+            assert self.policy is not None
+            self._maybe_solve(batch, references)
+            choice = self._agreement.share(
+                self.policy.choose(batch, max_draft_length) if self._agreement.leads else None
+            )
+            assert choice is not None
+        self._note(choice, batch)
+        return choice
+
+    def force(self, plan: Plan, draft_length: int) -> None:
+        """Draft `draft_length` tokens with `plan` in every round from now on."""
+        self._forced, self._forced_length = plan, draft_length
+
+    def request_solve(self) -> None:
+        """Solve in the next round whatever the policy thinks; call it on every rank."""
+        self._solve_requested = True
+
+    def feedback(self, plan: Plan, accepted: int, drafted: int) -> None:
+        """`accepted` of `drafted` (scheduled) tokens of one row were kept by verification."""
+        self._stats.accepted_tokens += accepted
+        self.acceptance.observe(plan, accepted, drafted)
+
+    def _without_costs(self, max_draft_length: int) -> Choice | None:
+        if self._forced is not None and self._forced_length is not None:
+            length = min(self._forced_length, max_draft_length)
+            if length == 0:
+                return Choice(None, 0, 1.0, "draft_length is set to 0", "set to zero")
+            return Choice(self._forced, length, math.nan, "forced by settings")
+        if self.policy is None:
+            reason = "no cost curves (calibration is off and none are stored)"
+            return Choice(None, 0, 1.0, reason, "no costs")
+        return None
+
+    def _maybe_solve(self, batch: Batch, references: Callable[[], list[ReferenceRow]]) -> None:
+        assert self.policy is not None
+        if self._forced is not None or not self._config.resolve:
+            return
+        reason = "requested" if self._solve_requested else None
+        if reason is None and self._agreement.leads:
+            reason = self.policy.resolve_reason(batch, True)
+        reason = self._agreement.share(reason)
+        if reason is None:
+            return
+        rows = references()  # same on every rank: derived from the scheduler's output only
+        if rows:
+            self._solve_requested = False
+            self._solve(batch, rows, reason)
+
+    def _solve(self, batch: Batch, rows: Sequence[ReferenceRow], reason: str) -> None:
+        assert self.policy is not None
+        costs, config = self.policy.costs, self._config
+        start = time.perf_counter()
+        weights = self._agreement.share(
+            ItemWeights(
+                attention_full_us=costs.item_us("attention", Mode.FULL, batch),
+                attention_window_us=costs.item_us("attention", Mode.WINDOW, batch),
+                mlp_us=costs.item_us("mlp", Mode.FULL, batch),
+            )
+        )
+        settings = SolverSettings(
+            bins=config.bins,
+            live_branches=config.live_branches,
+            max_saving=config.max_saving,
+            prune_cosine=config.prune_cosine,
+            keep_first_layers=config.keep_first_layers,
+            keep_last_layers=config.keep_last_layers,
+            windows=config.windows,
+        )
+        with torch.inference_mode():
+            runner = VllmBranches(self._engine, self._geometry, list(rows))
+            estimates = self._agreement.share(solve(runner, weights, settings))
+        elapsed_us = (time.perf_counter() - start) * 1e6
+        frontier = Frontier(estimates, batch.context_tokens, batch.rows, "solved")
+        self.policy.set_frontier(frontier)
+        self.policy.note_solve(elapsed_us)
+        self._stats.solves += 1
+        self._stats.solve_us += elapsed_us
+        logger.info(
+            "KnapSpec solved %d plans in %.0f ms (%s; batch %d, context %d, %d reference tokens)",
+            len(estimates), elapsed_us / 1e3, reason, batch.rows, batch.context_tokens,
+            sum(len(row.tokens) for row in rows),
+        )  # fmt: skip
+        if self._agreement.leads:
+            self._on_frontier(frontier)
+
+    def _note(self, choice: Choice, batch: Batch) -> None:
+        """Count the choice, and log it when the plan changes or drafting stops or starts."""
+        if choice.draft_length == 0:
+            self._stats.declined_rounds[choice.code] += 1
+        changed = choice.plan != self.last_choice.plan
+        self._stats.plan_changes += changed
+        if changed or not self._logged:
+            self._log(choice, f"batch {batch.rows}, context {batch.context_tokens}")
+        self.last_choice = choice
+        if choice.plan is not None:
+            self.last_drafting_choice = choice
+
+    def _log(self, choice: Choice, where: str) -> None:
+        self._logged = True
+        if not self._agreement.leads:
+            return
+        if choice.plan is None:
+            logger.info("KnapSpec declines: %s (%s)", choice.reason, where)
+            return
+        speedup = choice.predicted_speedup
+        logger.info(
+            "KnapSpec plan: %s, draft length %d, predicted speedup %s (%s): %s",
+            choice.plan.describe(),
+            choice.draft_length,
+            "unknown" if math.isnan(speedup) else f"{speedup:.2f}x",
+            where,
+            choice.reason,
+        )

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Route A: KnapSpec as a `custom_class` proposer of vLLM's V1 model runner.
+
+This file and `patches/` are the only ones that know which vLLM runner calls: it turns the runner's
+state into `DraftRows`, lets `Planning` choose and `Drafter` draft, and returns token lists.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from knapspec_vllm import models
+from knapspec_vllm.config import KnapSpecConfig
+from knapspec_vllm.draft.agreement import Agreement
+from knapspec_vllm.draft.branches import ReferenceRow
+from knapspec_vllm.draft.cache_layout import CacheLayout, UnknownCacheLayoutError
+from knapspec_vllm.draft.drafter import Drafter
+from knapspec_vllm.draft.engine import Engine, own_attention_groups
+from knapspec_vllm.draft.invariants import InvariantGuard
+from knapspec_vllm.draft.planning import Planning
+from knapspec_vllm.draft.round_clock import RoundClock
+from knapspec_vllm.draft.rows import DraftRows
+from knapspec_vllm.draft.windows import WindowGeometry
+from knapspec_vllm.metrics.stats import Stats
+from knapspec_vllm.planner.costs import CostModel
+from knapspec_vllm.planner.types import Batch, Choice, Frontier, Plan
+
+logger = logging.getLogger("vllm.knapspec")
+
+
+class KnapSpecProposer:
+    """Drafts with the target's own sublayers. Constructed by vLLM with its VllmConfig."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        self.config = KnapSpecConfig.from_vllm_config(vllm_config)
+        self.num_speculative_tokens: int = vllm_config.speculative_config.num_speculative_tokens
+        self._vllm_config = vllm_config
+        self.stats = Stats()
+        self.engine: Engine | None = None
+        self.planning: Planning | None = None
+        #: Plan and number of tokens drafted for each request in the last round.
+        self._drafted: dict[str, tuple[Plan, int]] = {}
+        self._clock = RoundClock()
+
+    def load_model(self, target: torch.nn.Module) -> None:
+        """Called by vLLM after the target's weights are loaded; refuses unknown layer kinds."""
+        models.bind(target)
+
+    def attach(self, runner: Any) -> None:
+        """Bind to a V1 runner whose KV cache is allocated. Idempotent."""
+        if self.engine is not None:
+            return
+        view = models.bind(runner.get_model())
+        layers = [view.attention_layer(i) for i in range(view.num_layers)]
+        table = runner.input_batch.block_table[0]
+        block_size = int(table.block_size)
+        cache_config = runner.kv_cache_config
+        manager_block_size = cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        self.engine = Engine(
+            vllm_config=self._vllm_config,
+            view=view,
+            target=runner.model,
+            attention_groups=own_attention_groups(
+                runner.attn_groups[0], self._vllm_config, runner.device
+            ),
+            layer_names=tuple(layer.layer_name for layer in layers),
+            device=runner.device,
+            block_size=block_size,
+            num_blocks=int(cache_config.num_blocks) * (manager_block_size // block_size),
+            max_model_len=int(runner.max_model_len),
+            layouts=_layouts(layers, block_size),
+        )
+        self.geometry = WindowGeometry.of(
+            self.config.sink_tokens, self.config.window_tokens, block_size
+        )
+        self.agreement = Agreement()
+        self.drafter = Drafter(self.engine, self.geometry, self.config.confidence_threshold)
+        self._guard = InvariantGuard(self.engine) if self.config.debug_invariants else None
+
+    def use(
+        self,
+        costs: CostModel | None,
+        frontier: Frontier | None,
+        on_frontier: Callable[[Frontier], None],
+    ) -> None:
+        """Start planning with these cost curves; `on_frontier` receives every solved frontier."""
+        assert self.engine is not None
+        self.planning = Planning(
+            self.config,
+            self.engine,
+            self.geometry,
+            self.agreement,
+            self.stats,
+            self.num_speculative_tokens,
+            costs,
+            frontier,
+            on_frontier,
+        )
+
+    def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        """vLLM's plain custom_class entry, which lacks what a KV-writing drafter needs."""
+        raise RuntimeError(
+            "KnapSpec's vLLM patches are not installed in this process: check that VLLM_PLUGINS, "
+            "if set, lists knapspec, and that the knapspec-vllm package is installed on every node"
+        )
+
+    def propose_full(
+        self,
+        runner: Any,
+        scheduler_output: Any,
+        sampled_token_ids: list[list[int]],
+        common_attn_metadata: Any,
+        **_: Any,
+    ) -> list[list[int]]:
+        """Draft for every row of the runner's batch; [] for rows that draft nothing.
+
+        sampled_token_ids: tokens vLLM just sampled for each row, [] while a row is in prefill.
+        """
+        self.attach(runner)
+        if self.planning is None:
+            self.use(None, None, lambda frontier: None)
+        self._learn(runner, scheduler_output, sampled_token_ids)
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        rows = self._rows(runner, scheduler_output, sampled_token_ids, common_attn_metadata)
+        if len(rows) == 0:
+            self._clock.stop()
+            return drafts
+        assert self.planning is not None
+        batch = Batch(len(rows), rows.context_tokens)
+        self._clock.started(self.planning, rows, scheduler_output)
+        choice = self.planning.choose(
+            batch, max(rows.limits), lambda: self._references(runner, rows)
+        )
+        start = time.perf_counter()
+        if choice.plan is not None:
+            for i, draft in zip(rows.index, self._draft(choice, runner, rows), strict=True):
+                drafts[i] = draft
+        drafting_us = (time.perf_counter() - start) * 1e6
+        self._clock.ended(
+            batch, rows, choice.plan, [len(drafts[i]) for i in rows.index], drafting_us
+        )
+        return drafts
+
+    def _draft(self, choice: Choice, runner: Any, rows: DraftRows) -> list[list[int]]:
+        assert choice.plan is not None
+        if self._guard is not None:
+            counts = runner.input_batch.block_table[0].num_blocks_per_row
+            self._guard.before(rows, [int(counts[i]) for i in rows.index], choice.draft_length)
+        start = time.perf_counter()
+        drafts = self.drafter.draft(choice.plan, choice.draft_length, rows)
+        self.stats.draft_us += (time.perf_counter() - start) * 1e6
+        if self._guard is not None:
+            self._guard.after(drafts)
+        self.stats.drafting_rounds += 1
+        for req_id, draft in zip(rows.req_ids, drafts, strict=True):
+            self.stats.draft_tokens += len(draft)
+            if draft:
+                self._drafted[req_id] = (choice.plan, len(draft))
+        return drafts
+
+    def _learn(
+        self, runner: Any, scheduler_output: Any, sampled_token_ids: list[list[int]]
+    ) -> None:
+        """Acceptance of the drafts that vLLM has just verified."""
+        assert self.planning is not None
+        scheduled = scheduler_output.scheduled_spec_decode_tokens
+        for req_id, sampled in zip(runner.input_batch.req_ids, sampled_token_ids, strict=False):
+            drafted = self._drafted.get(req_id)
+            count = len(scheduled.get(req_id, ()))
+            if drafted is None or not count or not sampled:
+                continue
+            params = runner.requests[req_id].sampling_params
+            if getattr(params, "structured_outputs", None) is not None:
+                continue  # the grammar cut these drafts by value, which says nothing of the plan
+            self.planning.feedback(drafted[0], min(len(sampled) - 1, count), count)
+        self._drafted.clear()
+
+    def _rows(
+        self,
+        runner: Any,
+        scheduler_output: Any,
+        sampled_token_ids: list[list[int]],
+        common_attn_metadata: Any,
+    ) -> DraftRows:
+        """The rows that have just got a token, with how many tokens each may draft."""
+        assert self.engine is not None
+        state = runner.input_batch
+        index = [i for i, sampled in enumerate(sampled_token_ids) if sampled]
+        most = getattr(scheduler_output, "num_spec_tokens_to_schedule", None)
+        most = self.num_speculative_tokens if most is None else int(most)
+        positions = [int(state.num_tokens_no_spec[i]) - 1 for i in index]
+        blocks = state.block_table[0].num_blocks_per_row
+        limits = []
+        for i, position in zip(index, positions, strict=True):
+            request = runner.requests[state.req_ids[i]]
+            bounds = {
+                "slots": int(blocks[i]) * self.engine.block_size - position,
+                "max_model_len": self.engine.max_model_len - 2 - position,
+                "max_tokens": _remaining_tokens(request, position) - 1,
+            }
+            reason, bound = min(bounds.items(), key=lambda item: item[1])
+            if bound < most:
+                self.stats.clipped_rows[reason] += 1
+            limits.append(max(0, min(bound, most)))
+        device = self.engine.device
+        tokens = [sampled_token_ids[i][-1] for i in index]
+        table = common_attn_metadata.block_table_tensor
+        where = torch.tensor(index, dtype=torch.int64, device=device)
+        return DraftRows(
+            index=index,
+            req_ids=[state.req_ids[i] for i in index],
+            tokens=torch.tensor(tokens, dtype=torch.int64, device=device),
+            positions=torch.tensor(positions, dtype=torch.int64, device=device),
+            host_positions=positions,
+            limits=limits,
+            block_table=table.index_select(0, where),
+        )
+
+    def _references(self, runner: Any, rows: DraftRows) -> list[ReferenceRow]:
+        """The newest tokens of the longest rows, for the solver; [] while none is long enough."""
+        assert self.engine is not None
+        if not self.engine.layouts:
+            return []
+        count, engine = self.config.reference_tokens, self.engine
+        order = sorted(range(len(rows)), key=lambda i: (-rows.host_positions[i], i))
+        chosen = []
+        for i in order[: self.config.reference_rows]:
+            start = rows.host_positions[i] + 1 - count
+            if start < 0:
+                break
+            tokens = runner.input_batch.token_ids_cpu[rows.index[i], start : start + count]
+            blocks = -(-start // engine.block_size)
+            chosen.append(
+                ReferenceRow(
+                    tokens=torch.tensor(tokens.tolist(), dtype=torch.int64, device=engine.device),
+                    start=start,
+                    blocks=rows.block_table[i, :blocks].long(),
+                )
+            )
+        return chosen
+
+
+def _remaining_tokens(request: Any, position: int) -> int:
+    """Tokens the request may still produce after its newest one at `position`."""
+    limit = getattr(request.sampling_params, "max_tokens", None)
+    if limit is None:
+        return 1 << 30
+    return request.num_prompt_tokens + limit - (position + 1)
+
+
+def _layouts(layers: list[Any], block_size: int) -> dict[str, CacheLayout]:
+    """Cache layouts by layer name; empty, with a warning, where the cache cannot be read."""
+    try:
+        # One probe serves all layers: they share backend, shape and dtype (one KV cache group).
+        first = CacheLayout(layers[0], block_size)
+    except UnknownCacheLayoutError as error:
+        logger.warning(
+            "KnapSpec cannot solve for plans on this attention backend (%s); it will use stored "
+            "or forced plans only",
+            error,
+        )
+        return {}
+    return dict.fromkeys((layer.layer_name for layer in layers), first)

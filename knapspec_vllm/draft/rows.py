@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a batch that may draft this round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class DraftRows:
+    """B decoding requests, each with one newest token whose K/V the target has not computed yet.
+
+    Position P of that token is where drafting starts: forward i of a round consumes the token at
+    P + i, writes K/V there (in the layers the plan runs) and proposes the token at P + i + 1. The
+    next verify step recomputes P, P + 1, ... in every layer before anything reads them.
+    """
+
+    #: Index of each row in the runner's batch.
+    index: list[int]
+    req_ids: list[str]
+    #: [B] int64, on the device: newest token of each row.
+    tokens: torch.Tensor
+    #: [B] int64, on the device: its position P.
+    positions: torch.Tensor
+    #: The same positions on the host.
+    host_positions: list[int]
+    #: Most tokens each row may draft: allocated slots, max_model_len and max_tokens considered.
+    limits: list[int]
+    #: [B, num_blocks] int32, on the device.
+    block_table: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def context_tokens(self) -> int:
+        """Sum of context lengths, the newest tokens included."""
+        return sum(self.host_positions) + len(self.host_positions)
+
+    def select(self, keep: list[int]) -> DraftRows:
+        """The rows at the given indices of this batch, in that order."""
+        if keep == list(range(len(self))):
+            return self
+        where = torch.tensor(keep, dtype=torch.int64, device=self.tokens.device)
+        return DraftRows(
+            index=[self.index[i] for i in keep],
+            req_ids=[self.req_ids[i] for i in keep],
+            tokens=self.tokens[where],
+            positions=self.positions[where],
+            host_positions=[self.host_positions[i] for i in keep],
+            limits=[self.limits[i] for i in keep],
+            block_table=self.block_table[where],
+        )

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every monkey-patch of vLLM in one table: what, why, upstream reference, when to remove it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from knapspec_vllm.compat import Seam
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One row. The code is in the file of this package named after the patched module."""
+
+    name: str
+    seam: Seam
+    """Where, and the parameters our wrapper relies on."""
+
+    what: str
+    why: str
+    upstream: str
+    remove_when: str
+    versions: str = "all supported"
+    stands_in_for: str = ""
+    """Name of the patch this one replaces where that one's target does not exist."""
+
+    @property
+    def target(self) -> str:
+        return self.seam.target
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        name="short_form",
+        seam=Seam(
+            "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+            ("target_model_config", "target_parallel_config"),
+        ),
+        what='Rewrites {"method": "knapspec", ...} into custom_class plus additional_config, '
+        "checks the vLLM version, and obeys KNAPSPEC_DISABLE.",
+        why="SpeculativeConfig.method is a closed Literal and unknown keys are refused.",
+        upstream="vllm-project/vllm#36219 (proposer unification RFC, open)",
+        remove_when="vLLM lets a plugin register a speculative method by name.",
+    ),
+    Patch(
+        name="spec_method_choice",
+        seam=Seam("vllm.engine.arg_utils:EngineArgs.add_cli_args", ("parser",)),
+        what="Adds knapspec to the choices of --spec-method.",
+        why="argparse refuses the value before any config exists.",
+        upstream="vllm-project/vllm#36219 (proposer unification RFC, open)",
+        remove_when="vLLM lets a plugin register a speculative method by name.",
+    ),
+    Patch(
+        name="refusals",
+        seam=Seam("vllm.config.vllm:VllmConfig.__post_init__"),
+        what="Raises ValueError for combinations KnapSpec cannot serve, before weights load.",
+        why="vLLM cannot know what a custom proposer does with the KV cache.",
+        upstream="vllm-project/vllm#36219 (proposer unification RFC, open)",
+        remove_when="custom_class proposers can validate the VllmConfig themselves.",
+    ),
+    Patch(
+        name="lookahead",
+        seam=Seam("vllm.config.vllm:VllmConfig.num_lookahead_tokens"),
+        what="Reserves num_speculative_tokens KV slots past the scheduled tokens.",
+        why="vLLM reserves none for custom_class, but the draft writes K/V at those positions.",
+        upstream="vllm-project/vllm#39487 (custom_class) left it at 0",
+        remove_when="custom_class proposers can ask for lookahead slots.",
+        versions="0.32 and later, where the property exists",
+    ),
+    Patch(
+        name="lookahead_scheduler",
+        seam=Seam("vllm.v1.core.sched.scheduler:Scheduler.__init__", ("vllm_config",)),
+        what="Sets num_lookahead_tokens of the new scheduler, as `lookahead` does.",
+        why="Before the property existed the scheduler computed the number itself.",
+        upstream="vllm-project/vllm#39487 (custom_class) left it at 0",
+        remove_when="the oldest supported vLLM has VllmConfig.num_lookahead_tokens.",
+        versions="0.26 and 0.27, up to where the property appears",
+        stands_in_for="lookahead",
+    ),
+    Patch(
+        name="worker_start",
+        seam=Seam("vllm.v1.worker.worker_base:WorkerBase.__init__", ("vllm_config",)),
+        what="Installs the worker patches below in a worker whose config selects KnapSpec.",
+        why="Only workers may import the model runner, and only selected ones may be changed.",
+        upstream="none: this is how our own patches are delayed",
+        remove_when="no worker patch is left.",
+    ),
+    Patch(
+        name="propose",
+        seam=Seam(
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids",
+            (
+                "scheduler_output",
+                "sampled_token_ids",
+                "sampling_metadata",
+                "spec_decode_metadata",
+                "common_attn_metadata",
+            ),
+        ),
+        what="Hands the runner and all its arguments to KnapSpecProposer.propose_full.",
+        why="custom_class proposers receive no runner, no block tables and no metadata.",
+        upstream="vllm-project/vllm#36219 (proposer unification RFC, open)",
+        remove_when="custom_class proposers receive what EAGLE proposers receive.",
+    ),
+    Patch(
+        name="fits_in_drafter",
+        seam=Seam(
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner._input_fits_in_drafter",
+            ("common_attn_metadata",),
+        ),
+        what="Always drafts; the proposer clips each row at max_model_len itself.",
+        why="One row near the limit stops drafting for the whole batch and schedules zeros as "
+        "drafts for every row, which spoils the acceptance statistics.",
+        upstream="not reported yet",
+        remove_when="vLLM clips per row, or asks the proposer.",
+    ),
+    Patch(
+        name="calibrate_gpu",
+        seam=Seam("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model"),
+        what="After warm-up: attach the proposer to its runner and calibrate.",
+        why="Cost curves need the final KV cache and captured graphs; vLLM has no hook there.",
+        upstream="vllm-project/vllm#51212 (pluggable components RFC, open)",
+        remove_when="vLLM calls a proposer hook after warm-up.",
+    ),
+    Patch(
+        name="calibrate_cpu",
+        seam=Seam("vllm.v1.worker.cpu_worker:CPUWorker.compile_or_warm_up_model"),
+        what="As calibrate_gpu, for the CPU worker, which overrides the method.",
+        why="Cost curves need the final KV cache; vLLM has no hook there.",
+        upstream="vllm-project/vllm#51212 (pluggable components RFC, open)",
+        remove_when="vLLM calls a proposer hook after warm-up.",
+    ),
+    Patch(
+        name="cpu_expand",
+        seam=Seam(
+            "vllm.utils.cpu_triton_utils:_expand_kernel_impl",
+            ("output", "input_val", "cu_num_tokens", "replace_from", "replace_to"),
+        ),
+        what="Writes expanded temperature, top_k and top_p into the output tensor itself.",
+        why="The original fills an int64 copy unless the output is int64, so sampled "
+        "speculation on CPU reads uninitialised parameters.",
+        upstream="vllm-project/vllm#55005 (open), fix vllm-project/vllm#42638 (closed unmerged)",
+        remove_when="vllm-project/vllm#55005 is fixed in the oldest supported vLLM.",
+        versions="all supported, CPU without Triton only",
+    ),
+)
+
+
+def by_name(name: str) -> Patch:
+    """The row called `name`; KeyError when there is none."""
+    return {patch.name: patch for patch in PATCHES}[name]

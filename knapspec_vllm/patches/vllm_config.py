@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vllm.config.vllm: refusals at config time, and KV slots for drafted positions."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from knapspec_vllm import compat, refusals
+from knapspec_vllm.patches import apply
+from knapspec_vllm.patches.ledger import by_name
+from knapspec_vllm.patches.selection import is_selected
+
+
+def install() -> None:
+    """Wrap VllmConfig; every wrapper falls straight through unless KnapSpec is selected."""
+    makers = {"refusals": _make_post_init}
+    if compat.has_lookahead_property():
+        makers["lookahead"] = _make_lookahead
+    for name, make in makers.items():
+        patch = by_name(name)
+        owner, attribute = compat.resolve(patch.target)
+        apply.replace(name, owner, attribute, make, patch.seam.parameters)
+
+
+def _make_post_init(original: Any) -> Any:
+    @functools.wraps(original)
+    def __post_init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        selected = is_selected(self)
+        if selected:
+            refusals.check_before(self)
+        original(self, *args, **kwargs)
+        if selected:
+            refusals.check(self)
+
+    return __post_init__
+
+
+def _make_lookahead(original: property) -> property:
+    assert original.fget is not None
+    read = original.fget
+
+    @functools.wraps(read)
+    def num_lookahead_tokens(self: Any) -> int:
+        lookahead: int = read(self)
+        if is_selected(self):
+            return max(lookahead, self.speculative_config.num_speculative_tokens)
+        return lookahead
+
+    return property(num_lookahead_tokens, doc=original.__doc__)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vllm.v1.worker.gpu_worker and cpu_worker: attach and calibrate after warm-up.
+
+Imported only in workers whose config selects KnapSpec. Every tensor-parallel rank runs the same
+hook: the proposer measures together or not at all.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from knapspec_vllm.patches import apply
+from knapspec_vllm.patches.gpu_model_runner import drafter_of
+from knapspec_vllm.patches.ledger import PATCHES
+
+_METHOD = "compile_or_warm_up_model"
+
+
+def install(worker_class: type) -> None:
+    """Wrap the method on the class that defines it for `worker_class` (users may subclass)."""
+    owner = next(cls for cls in worker_class.__mro__ if _METHOD in vars(cls))
+    target = f"{owner.__module__}:{owner.__qualname__}.{_METHOD}"
+    known = {patch.target: patch.name for patch in PATCHES}
+    apply.replace(known.get(target, "calibrate_gpu"), owner, _METHOD, _make_warm_up)
+
+
+def _make_warm_up(original: Any) -> Any:
+    @functools.wraps(original)
+    def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        runner = getattr(self, "model_runner", None)
+        drafter = drafter_of(runner)
+        if drafter is not None:
+            from knapspec_vllm.calibration.startup import calibrate
+
+            with _random_state_kept(runner):
+                drafter.attach(runner)
+                calibrate(drafter)
+        return result
+
+    return compile_or_warm_up_model
+
+
+def _random_state_kept(runner: Any) -> Any:
+    """vLLM has just reset the seed: measuring must not change what a seed produces."""
+    import torch
+
+    device = getattr(runner, "device", None)
+    on_gpu = device is not None and torch.device(device).type == "cuda"
+    return torch.random.fork_rng(devices=[torch.device(device)] if on_gpu else [])

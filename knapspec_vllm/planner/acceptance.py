@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Acceptance: how likely a drafted token of a plan is accepted, given those before it were.
+
+A plan starts from the solver's top-1 agreement, a few dozen trials of which the planner picks the
+luckiest, so it is shrunk toward the pooled mean of all plans (a Beta prior). Verification then
+tells the truth, round by round, with exponential forgetting.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from knapspec_vllm.planner.types import Plan
+
+NEUTRAL_ALPHA = 0.7
+"""Pooled mean before anything is known; counts as NEUTRAL_TRIALS tokens."""
+NEUTRAL_TRIALS = 4.0
+DRIFT_MIN_TRIALS = 32.0
+"""Below this many remembered verified tokens a plan's drift is not reported."""
+VERSION_STEP = 0.005
+"""A change of some alpha by this much is worth choosing again."""
+
+
+@dataclass
+class _Evidence:
+    hits: float = 0.0
+    """Solver's agreeing reference tokens, of `trials`."""
+    trials: float = 0.0
+    accepted: float = 0.0
+    """Verified tokens, decayed with time."""
+    rejected: float = 0.0
+    published: float = -1.0
+    """alpha when the version last changed."""
+
+
+class AcceptanceModel:
+    """Beta estimates per plan. Deterministic: equal inputs give equal numbers on every rank."""
+
+    def __init__(self, prior_weight: float = 8.0, feedback_half_life: float = 256.0) -> None:
+        """prior_weight: strength of the pooled mean, in tokens. half life: in drafted tokens."""
+        if prior_weight < 0 or feedback_half_life <= 0:
+            raise ValueError("prior_weight must be >= 0 and feedback_half_life > 0")
+        self._prior_weight = prior_weight
+        self._decay_log = math.log(0.5) / feedback_half_life
+        self._plans: dict[Plan, _Evidence] = {}
+        self._pool_hits = 0.0
+        self._pool_trials = 0.0
+        self.version = 0
+        """Grows whenever some alpha has moved by VERSION_STEP or more."""
+
+    def prior(self, plan: Plan, hits: int, trials: int) -> None:
+        """Sets the solver's agreement of a plan; what verification taught keeps counting half."""
+        if not 0 <= hits <= trials:
+            raise ValueError(f"hits must lie in 0..trials, got {hits} of {trials}")
+        evidence = self._plans.setdefault(plan, _Evidence())
+        self._pool_hits += hits - evidence.hits
+        self._pool_trials += trials - evidence.trials
+        evidence.hits, evidence.trials = float(hits), float(trials)
+        evidence.accepted *= 0.5
+        evidence.rejected *= 0.5
+        self.version += 1
+
+    def observe(self, plan: Plan, accepted: int, drafted: int) -> None:
+        """One verified row: `accepted` successes, and one failure if accepted < drafted.
+
+        Tokens after the first rejection say nothing about acceptance and are not counted.
+        """
+        if not 0 <= accepted <= drafted:
+            raise ValueError(f"accepted must lie in 0..drafted, got {accepted} of {drafted}")
+        if not drafted:
+            return
+        evidence = self._plans.setdefault(plan, _Evidence())
+        keep = math.exp(self._decay_log * drafted)
+        evidence.accepted = evidence.accepted * keep + accepted
+        evidence.rejected = evidence.rejected * keep + (accepted < drafted)
+        alpha = self.alpha(plan)
+        if abs(alpha - evidence.published) >= VERSION_STEP:
+            evidence.published = alpha
+            self.version += 1
+
+    def forget(self, share: float = 0.5) -> None:
+        """Drops a share of what verification taught, so that a declined plan gets another try."""
+        for evidence in self._plans.values():
+            evidence.accepted *= 1.0 - share
+            evidence.rejected *= 1.0 - share
+        self.version += 1
+
+    def retain(self, plans: set[Plan]) -> None:
+        """Forgets every plan not in `plans`; a long-lived server meets many frontiers."""
+        for plan in [plan for plan in self._plans if plan not in plans]:
+            evidence = self._plans.pop(plan)
+            self._pool_hits -= evidence.hits
+            self._pool_trials -= evidence.trials
+        self.version += 1
+
+    def alpha(self, plan: Plan) -> float:
+        """Mean of the plan's posterior, 0..1."""
+        hits, trials = self._posterior(plan)
+        return hits / trials if trials else self._pooled_mean()
+
+    def lower(self, plan: Plan, z: float = 1.0) -> float:
+        """alpha less z posterior standard deviations, at least 0."""
+        hits, trials = self._posterior(plan)
+        mean = hits / trials if trials else self._pooled_mean()
+        return max(0.0, mean - z * math.sqrt(mean * (1.0 - mean) / (trials + 1.0)))
+
+    def drift(self, plan: Plan) -> float:
+        """Observed acceptance minus the solver's estimate; 0 while either has little data."""
+        evidence = self._plans.get(plan)
+        if evidence is None or not evidence.trials:
+            return 0.0
+        observed = evidence.accepted + evidence.rejected
+        if observed < DRIFT_MIN_TRIALS:
+            return 0.0
+        return evidence.accepted / observed - self._solver_mean(evidence)
+
+    def snapshot(self) -> dict[str, dict[str, Any]]:
+        """Plan key -> numbers, for metrics and logs."""
+        return {
+            plan.key: {
+                "plan": plan.to_text(),
+                "alpha": self.alpha(plan),
+                "solver_hits": evidence.hits,
+                "solver_trials": evidence.trials,
+                "observed_accepted": evidence.accepted,
+                "observed_rejected": evidence.rejected,
+                "drift": self.drift(plan),
+            }
+            for plan, evidence in self._plans.items()
+        }
+
+    def _pooled_mean(self) -> float:
+        hits = self._pool_hits + NEUTRAL_TRIALS * NEUTRAL_ALPHA
+        return hits / (self._pool_trials + NEUTRAL_TRIALS)
+
+    def _solver_mean(self, evidence: _Evidence) -> float:
+        hits = evidence.hits + self._prior_weight * self._pooled_mean()
+        return hits / (evidence.trials + self._prior_weight)
+
+    def _posterior(self, plan: Plan) -> tuple[float, float]:
+        """(successes, trials) of prior, solver and verification together."""
+        hits = self._prior_weight * self._pooled_mean()
+        trials = self._prior_weight
+        evidence = self._plans.get(plan)
+        if evidence is not None:
+            hits += evidence.hits + evidence.accepted
+            trials += evidence.trials + evidence.accepted + evidence.rejected
+        return hits, trials

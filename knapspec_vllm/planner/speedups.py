@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predicted speedup of every plan and draft length for one batch, as plain tuples of floats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from knapspec_vllm.planner.costs import CostModel, DraftPrices
+from knapspec_vllm.planner.objective import expected_tokens
+from knapspec_vllm.planner.types import Batch, Plan
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Everything about a batch that its speedups need, except acceptance. Microseconds."""
+
+    lengths: tuple[int, ...]
+    """Draft lengths considered: consecutive, all > 0."""
+    prices: DraftPrices
+    plain_us: float
+    """What a speedup of 1 is: a plain decode step, overhead included."""
+    verify_us: tuple[float, ...]
+    """Target step of each length, round overhead included."""
+    paper: bool
+    """The published objective: no fixed part, no overhead, verify costs one step."""
+
+    @classmethod
+    def of(
+        cls,
+        costs: CostModel,
+        batch: Batch,
+        lengths: tuple[int, ...],
+        *,
+        paper: bool = False,
+        plain_extra_us: float = 0.0,
+        round_us: float = 0.0,
+    ) -> Rates:
+        """plain_extra_us, round_us: overhead of a round without and with drafts."""
+        prices = costs.prices(batch)
+        if paper:
+            target_us = prices.target_items_us
+            return cls(lengths, prices, target_us, (target_us,) * len(lengths), paper)
+        plain_us = costs.step_us(batch, 1) + plain_extra_us
+        verify_us = tuple(costs.step_us(batch, 1 + n) + round_us for n in lengths)
+        return cls(lengths, prices, plain_us, verify_us, paper)
+
+    def draft_us(self, items_us: float) -> float:
+        """A draft forward whose items cost items_us."""
+        return items_us if self.paper else self.prices.fixed_us + items_us
+
+    def row(self, alpha: float, draft_us: float) -> tuple[float, ...]:
+        """Speedup of each length: TPT times the time of a plain step.
+
+        Equals objective.throughput_tpt (or paper_tpt) for every length, with E[tokens] carried
+        from length to length: this runs for every plan whenever the batch changes.
+        """
+        tokens = expected_tokens(alpha, self.lengths[0])
+        found = []
+        for length, verify_us in zip(self.lengths, self.verify_us, strict=True):
+            found.append(tokens * self.plain_us / (length * draft_us + verify_us))
+            tokens = 1.0 + alpha * tokens
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class SpeedupTable:
+    """Rows: plans. Columns: rates.lengths."""
+
+    rates: Rates
+    draft_us: tuple[float, ...]
+    """One draft forward of each plan."""
+    saved: tuple[float, ...]
+    """Share of the item time each plan saves."""
+    alphas: tuple[float, ...]
+    speedups: tuple[tuple[float, ...], ...]
+    best: tuple[int, int]
+    """(row, column) of the largest speedup; the first of equals."""
+
+    @classmethod
+    def of(cls, rates: Rates, plans: Sequence[Plan], alphas: Sequence[float]) -> SpeedupTable:
+        """Evaluates plans (at least one) with these acceptances."""
+        target_us = max(rates.prices.target_items_us, 1e-9)
+        items_us = [rates.prices.items_us(plan) for plan in plans]
+        draft_us = tuple(rates.draft_us(item_us) for item_us in items_us)
+        speedups = tuple(
+            rates.row(alpha, time_us) for alpha, time_us in zip(alphas, draft_us, strict=True)
+        )
+        tops = [max(row) for row in speedups]
+        index = max(range(len(tops)), key=tops.__getitem__)
+        return cls(
+            rates=rates,
+            draft_us=draft_us,
+            saved=tuple(1.0 - item_us / target_us for item_us in items_us),
+            alphas=tuple(alphas),
+            speedups=speedups,
+            best=(index, speedups[index].index(tops[index])),
+        )

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The planner finds redundancy that was planted, from a standing start, while serving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from engines import assert_same_tokens, engine, greedy, proposer_of, text_prompts
+
+from knapspec_vllm.bench.checkpoints import planted_items
+from knapspec_vllm.planner.types import Mode
+
+pytestmark = pytest.mark.slow
+
+LAYERS, COPIES = 30, 3
+
+
+def test_planted_items_are_found(expanded_path: Path, smollm2_path: Path, tmp_path: Path) -> None:
+    """Empty store, batch 1, 200 tokens: >= 90% of planted, <= 10% of original items skipped."""
+    prompt = text_prompts(smollm2_path, (180,))
+    planted = planted_items(LAYERS, COPIES)
+    assert len(planted) == 2 * LAYERS * (COPIES - 1)
+    with engine(
+        expanded_path,
+        {"store_dir": str(tmp_path)},
+        dtype="bfloat16",
+        max_model_len=2048,
+        max_num_seqs=1,
+        num_speculative_tokens=8,
+    ) as llm:
+        greedy(llm, prompt, 200)
+        planning = proposer_of(llm).planning
+        plan = planning.last_choice.plan or planning.last_drafting_choice.plan
+        stats = proposer_of(llm).stats
+    assert plan is not None, "it never drafted"
+    skipped = {item for item, mode in enumerate(plan.modes) if mode is Mode.SKIP}
+    found = len(skipped & planted) / len(planted)
+    lost = len(skipped - planted) / (2 * LAYERS)
+    print(
+        f"{plan.describe()}: {found:.0%} of the planted, {lost:.0%} of the original items skipped; "
+        f"{stats.solves} solves, {stats.solve_us / 1e6:.2f} s; "
+        f"accepted {stats.accepted_tokens} of {stats.draft_tokens}"
+    )
+    assert found >= 0.9
+    assert lost <= 0.1
+
+
+def test_planted_output_is_the_targets(
+    expanded_path: Path, smollm2_path: Path, tmp_path: Path
+) -> None:
+    """The same run in float32 gives plain vLLM's tokens."""
+    prompts = text_prompts(smollm2_path, (60, 130))
+    settings = {"max_model_len": 512, "max_num_seqs": 2}
+    with engine(expanded_path, **settings) as llm:
+        expected = greedy(llm, prompts, 40)
+    with engine(
+        expanded_path,
+        {"store_dir": str(tmp_path), "debug_invariants": True, "calibration_seconds": 8.0},
+        **settings,
+    ) as llm:
+        assert_same_tokens(expected, greedy(llm, prompts, 40))
+        assert proposer_of(llm).stats.accepted_tokens > 0

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sublayer views, cache reading and branches against vLLM's own forward on the same weights."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from engines import engine, force, greedy, proposer_of, text_prompts
+
+from knapspec_vllm.bench.checkpoints import random_checkpoint
+from knapspec_vllm.draft.branches import ReferenceRow, VllmBranches
+from knapspec_vllm.draft.drafter import run_plan
+from knapspec_vllm.draft.metadata import StepMetadata, slots_of
+from knapspec_vllm.planner.types import Plan
+
+IDLE = {"plan": "full", "draft_length": 0}
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+@torch.inference_mode()
+def hidden_states(eng, tokens: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output states [rows * q, d] of the target's own forward and of the all-FULL plan."""
+    rows, q = len(tokens), len(tokens[0])
+    per_row = -(-q // eng.block_size)
+    table = torch.arange(1, 1 + rows * per_row, dtype=torch.int32).view(rows, per_row)
+    positions = torch.arange(q).expand(rows, q)
+    slots = slots_of(table, positions, eng.block_size).flatten()
+    flat = positions.flatten()
+    ids = torch.tensor(tokens).flatten()
+    metadata = StepMetadata(eng)
+    built = metadata.build(table, torch.full((rows,), q), slots, flat, q, tokens_per_row=q)
+    with metadata.active(built, slots):
+        own = eng.target(
+            input_ids=ids.int(), positions=flat, intermediate_tensors=None, inputs_embeds=None
+        ).clone()
+        ours = run_plan(eng.view, Plan.full(eng.view.num_layers), ids, flat)
+    return own, ours
+
+
+def check_view(llm) -> None:
+    eng = proposer_of(llm).engine
+    generator = random.Random(0)
+    vocabulary = eng.vllm_config.model_config.get_vocab_size()
+    tokens = [
+        [generator.randrange(vocabulary) for _ in range(eng.block_size + 3)] for _ in range(2)
+    ]
+    own, ours = hidden_states(eng, tokens)
+    # The same modules on the same inputs in the same order: equal to the last bit.
+    assert torch.equal(own, ours)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_full_is_the_model_itself(architecture: str) -> None:
+    model = random_checkpoint(architecture)
+    with engine(model, IDLE, skip_tokenizer_init=True, max_model_len=512) as llm:
+        check_view(llm)
+
+
+def test_real_model(smollm2_path: Path) -> None:
+    """View, cache reading and branches over SmolLM2 in float32."""
+    with engine(smollm2_path, IDLE, max_model_len=1024, max_num_seqs=2) as llm:
+        check_view(llm)
+        check_cache_is_read_back(proposer_of(llm).engine)
+        check_branches(llm, text_prompts(smollm2_path, (150, 301)))
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_packed_cache_layouts(smollm2_path: Path, kv_cache_dtype: str) -> None:
+    """bfloat16 caches are packed in tiles on CPUs with AMX; fp8 stores bytes."""
+    settings = {"dtype": "bfloat16", "kv_cache_dtype": kv_cache_dtype, "max_model_len": 512}
+    with engine(smollm2_path, IDLE, **settings) as llm:
+        check_cache_is_read_back(proposer_of(llm).engine)
+
+
+def check_cache_is_read_back(eng) -> None:
+    """What vLLM's writer put into three scattered blocks is what CacheLayout reads."""
+    module = eng.view.attention_layer(2)
+    layout = eng.layouts[module.layer_name]
+    blocks = torch.tensor([5, 2, 7])
+    count = 2 * eng.block_size + 9
+    slots = slots_of(blocks[None].int(), torch.arange(count)[None], eng.block_size)[0]
+    shape = (count, module.num_kv_heads, module.head_size)
+    # Small integers: exact in every cache dtype, fp8 included.
+    key, value = (torch.randint(-8, 9, shape).to(eng.dtype) for _ in range(2))
+    module.impl.do_kv_cache_update(module, key, value, module.kv_cache, slots)
+    read_key, read_value = layout.read(module, blocks, count, eng.dtype)
+    assert torch.equal(read_key, key)
+    assert torch.equal(read_value, value)
+
+
+@torch.inference_mode()
+def check_branches(llm, prompts: list[list[int]]) -> None:
+    """The all-FULL branch predicts, from the cached prefix, the very tokens vLLM generated."""
+    proposer = proposer_of(llm)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    original = proposer.planning.choose
+
+    def spy(batch, max_draft_length, references):
+        rows = references()
+        if rows:
+            runner = VllmBranches(proposer.engine, proposer.geometry, rows)
+            states = runner.reference_states()[None].repeat(2, 1, 1)
+            for layer in range(runner.num_layers):
+                states, _ = runner.attention(layer, states, window=False)
+                states = runner.mlp(layer, states)
+            starts = torch.tensor([row.start for row in rows])
+            seen.append((starts, runner.top1(states)))
+        return original(batch, max_draft_length, references)
+
+    proposer.planning.choose = spy
+    try:
+        outputs = greedy(llm, prompts, 20)
+    finally:
+        proposer.planning.choose = original
+    sequences = {len(p): p + o for p, o in zip(prompts, outputs, strict=True)}
+    count = proposer.config.reference_tokens
+    compared = 0
+    for starts, top1 in seen:
+        assert torch.equal(top1[0], top1[1])
+        for row, start in enumerate(starts.tolist()):
+            length = min(n for n in sequences if n + 20 >= start + count and start + count >= n)
+            sequence = sequences[length]
+            for i in range(count):
+                at = start + i + 1  # the position this reference token predicts
+                if length <= at < len(sequence):
+                    assert int(top1[0, row * count + i]) == sequence[at]
+                    compared += 1
+    assert compared > 100
+
+
+def test_reference_rows_hold_the_newest_tokens() -> None:
+    """ReferenceRow's contract: R tokens, prefix blocks up to `start` only."""
+    model = random_checkpoint("LlamaForCausalLM")
+    with engine(model, IDLE, skip_tokenizer_init=True, max_model_len=512) as llm:
+        proposer = proposer_of(llm)
+        rows: list[ReferenceRow] = []
+        original = proposer.planning.choose
+
+        def spy(batch, max_draft_length, references):
+            rows[:] = references()
+            return original(batch, max_draft_length, references)
+
+        proposer.planning.choose = spy
+        prompt = [5 + i % 50 for i in range(200)]
+        output = greedy(llm, [prompt], 3)[0]
+        count = proposer.config.reference_tokens
+        assert rows[0].tokens.tolist() == (prompt + output)[203 - count : 203]
+        assert rows[0].start == 203 - count
+        assert len(rows[0].blocks) == -(-rows[0].start // proposer.engine.block_size)
+        force(llm, "skip mlp:1", 2)
+        assert greedy(llm, [prompt], 3)[0] == output

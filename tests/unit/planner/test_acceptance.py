@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Beta estimates: priors, feedback, forgetting."""
+
+import random
+
+import pytest
+
+from knapspec_vllm.planner.acceptance import NEUTRAL_ALPHA, NEUTRAL_TRIALS, AcceptanceModel
+from knapspec_vllm.planner.types import Plan
+
+PLAN = Plan.parse("skip mlp:1", 4)
+OTHER = Plan.parse("skip mlp:1-3", 4)
+
+
+def test_prior_shrinks_toward_the_pool_by_hand():
+    model = AcceptanceModel(prior_weight=8.0)
+    model.prior(PLAN, 32, 32)
+    model.prior(OTHER, 16, 32)
+    pool = (48 + NEUTRAL_TRIALS * NEUTRAL_ALPHA) / (64 + NEUTRAL_TRIALS)
+    assert model.alpha(PLAN) == pytest.approx((32 + 8 * pool) / 40)
+    assert model.alpha(OTHER) == pytest.approx((16 + 8 * pool) / 40)
+    assert model.alpha(PLAN) < 1.0
+
+
+def test_unknown_plan_gets_the_pooled_mean():
+    model = AcceptanceModel()
+    assert model.alpha(PLAN) == pytest.approx(NEUTRAL_ALPHA)
+    assert AcceptanceModel(prior_weight=0.0).alpha(PLAN) == pytest.approx(NEUTRAL_ALPHA)
+
+
+def test_setting_a_prior_again_replaces_it():
+    model = AcceptanceModel()
+    model.prior(PLAN, 30, 32)
+    once = model.alpha(PLAN)
+    model.prior(PLAN, 30, 32)
+    assert model.alpha(PLAN) == pytest.approx(once)
+
+
+def test_feedback_counts_one_failure_at_most():
+    model = AcceptanceModel(prior_weight=0.0, feedback_half_life=1e12)
+    model.observe(PLAN, accepted=3, drafted=8)  # 3 successes, 1 failure, 4 unknown
+    assert model.alpha(PLAN) == pytest.approx(3 / 4)
+    model.observe(PLAN, accepted=4, drafted=4)
+    assert model.alpha(PLAN) == pytest.approx(7 / 8)
+    model.observe(PLAN, accepted=0, drafted=0)
+    assert model.alpha(PLAN) == pytest.approx(7 / 8)
+
+
+def test_half_life():
+    model = AcceptanceModel(prior_weight=0.0, feedback_half_life=16.0)
+    model.observe(PLAN, 8, 8)
+    for _ in range(2):  # 16 drafted tokens later the first 8 successes count 4
+        model.observe(PLAN, 0, 8)
+    assert model.alpha(PLAN) == pytest.approx(4 / (4 + 1 + 0.5**0.5))
+
+
+def test_feedback_finds_the_truth():
+    model, generator = AcceptanceModel(), random.Random(0)
+    model.prior(PLAN, 32, 32)
+    for _ in range(300):
+        accepted = 0
+        while accepted < 5 and generator.random() < 0.6:
+            accepted += 1
+        model.observe(PLAN, accepted, 5)
+    # Half a life of 256 drafted tokens remembers about 180 verified ones: s.e. 0.036.
+    assert model.alpha(PLAN) == pytest.approx(0.6, abs=0.1)
+    assert model.drift(PLAN) == pytest.approx(0.6 - 0.98, abs=0.13)
+
+
+def test_drift_waits_for_data():
+    model = AcceptanceModel()
+    model.prior(PLAN, 32, 32)
+    model.observe(PLAN, 0, 8)
+    assert model.drift(PLAN) == 0.0
+    assert model.drift(OTHER) == 0.0
+
+
+def test_lower_bound_tightens_with_data():
+    model = AcceptanceModel()
+    model.prior(PLAN, 29, 32)
+    gap = model.alpha(PLAN) - model.lower(PLAN)
+    mean = model.alpha(PLAN)
+    assert gap == pytest.approx((mean * (1 - mean) / 41) ** 0.5)
+    for _ in range(20):
+        model.observe(PLAN, 7, 8)
+    assert model.alpha(PLAN) - model.lower(PLAN) < gap / 1.5
+    assert model.lower(PLAN, z=100.0) == 0.0
+
+
+def test_version_moves_only_when_alpha_does():
+    model = AcceptanceModel()
+    model.prior(PLAN, 30, 32)
+    model.observe(PLAN, 8, 8)
+    before = model.version
+    for _ in range(500):
+        model.observe(PLAN, 19, 20)  # what it expected
+    assert model.version - before <= 5
+    before = model.version
+    for _ in range(50):
+        model.observe(PLAN, 5, 20)
+    assert 5 < model.version - before <= 50
+
+
+def test_forget_returns_toward_the_solver():
+    model = AcceptanceModel()
+    model.prior(PLAN, 31, 32)
+    fresh = model.alpha(PLAN)
+    for _ in range(50):
+        model.observe(PLAN, 0, 8)
+    low = model.alpha(PLAN)
+    version = model.version
+    model.forget()
+    assert low < model.alpha(PLAN) < fresh
+    assert model.version > version
+    model.forget(share=1.0)
+    assert model.alpha(PLAN) == pytest.approx(fresh)
+
+
+def test_retain_drops_the_rest_from_the_pool():
+    model, alone = AcceptanceModel(), AcceptanceModel()
+    model.prior(PLAN, 30, 32)
+    model.prior(OTHER, 1, 32)
+    model.retain({PLAN})
+    alone.prior(PLAN, 30, 32)
+    assert model.alpha(PLAN) == pytest.approx(alone.alpha(PLAN))
+    assert set(model.snapshot()) == {PLAN.key}
+
+
+@pytest.mark.parametrize(("accepted", "drafted"), [(-1, 2), (3, 2)])
+def test_impossible_feedback(accepted, drafted):
+    with pytest.raises(ValueError, match="accepted must lie in"):
+        AcceptanceModel().observe(PLAN, accepted, drafted)

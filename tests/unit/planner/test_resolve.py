@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When the policy asks for another solve."""
+
+from knapspec_vllm.planner.types import Batch
+from tests.helpers_policy import BATCH, HALF, costs, frontier, policy
+
+
+def test_first_solve_only_where_it_could_pay():
+    made, _ = policy()
+    assert made.resolve_reason(BATCH, False) is None
+    assert made.resolve_reason(BATCH, True) == "first"
+    assert policy(resolve=False)[0].resolve_reason(BATCH, True) is None
+    hopeless, _ = policy(model=costs(verify_us=9000.0))
+    assert hopeless.resolve_reason(BATCH, True) is None
+    must, _ = policy(model=costs(verify_us=9000.0), always_draft=True)
+    assert must.resolve_reason(BATCH, True) == "first"
+
+
+def test_resolves_on_drift_range_and_age():
+    model = costs(attention_token_us=0.02)
+    made, acceptance = policy(frontier((HALF, 990)), model, resolve_rounds=100)
+    made.choose(BATCH, 4)
+    assert made.resolve_reason(BATCH, True) is None
+    # Attention 60 us at 1000 tokens; more than double at 5000.
+    assert made.resolve_reason(Batch(1, 4000), True) is None
+    assert made.resolve_reason(Batch(1, 5000), True) == "range"
+    for _ in range(100):
+        acceptance.observe(HALF, 2, 4)
+    assert made.resolve_reason(BATCH, True) == "drift"
+    old, _ = policy(frontier((HALF, 990)), model, resolve_rounds=100)
+    for _ in range(100):
+        old.choose(BATCH, 4)
+    assert old.resolve_reason(BATCH, True) == "age"
+
+
+def test_a_solve_has_to_be_repaid():
+    made, _ = policy(frontier((HALF, 990)), resolve_rounds=10)
+    for _ in range(10):
+        made.choose(BATCH, 4)
+    assert made.resolve_reason(BATCH, True) == "age"
+    made.note_solve(1e6)  # about 350 rounds of 2.8 ms
+    for _ in range(20):
+        made.choose(BATCH, 4)
+    assert made.resolve_reason(BATCH, True) is None
+    for _ in range(20_000):
+        made.choose(BATCH, 4)
+    assert made.resolve_reason(BATCH, True) == "age"
+
+
+def test_fruitless_solves_become_rare():
+    def rounds_until_due(fruitless):
+        made, _ = policy(frontier((HALF, 10)), resolve_rounds=10)
+        for _ in range(fruitless + 1):
+            made.note_solve(1000.0)
+        for number in range(100_000):
+            if made.resolve_reason(BATCH, True):
+                return number
+            made.choose(BATCH, 4)
+        raise AssertionError("never")
+
+    assert rounds_until_due(3) >= 7 * rounds_until_due(0)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `knapspec doctor` says about an installation and about a model."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from knapspec_vllm import compat, doctor
+from knapspec_vllm.doctor import Check
+from knapspec_vllm.patches import apply
+
+
+def by_name(checks: list[Check], name: str) -> Check:
+    return next(check for check in checks if check.name == name)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Iterator[str]:
+    pytest.importorskip("vllm")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 4,
+        "vocab_size": 128,
+        "max_position_embeddings": 256,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    yield str(tmp_path)
+    apply.restore_all()
+
+
+def test_every_check_has_a_reason_and_advice_where_something_is_wrong() -> None:
+    for check in doctor.examine():
+        assert check.reason.endswith(".")
+        assert check.status in ("ok", "warn", "refused")
+        assert check.status == "ok" or check.advice
+
+
+def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    if compat.installed_tree() is None:
+        assert doctor._versions().status == "refused"
+        return
+    assert doctor._versions().status == "ok"
+    monkeypatch.setattr(compat, "TESTED_MAX", (0, 1))
+    assert doctor._versions().status == "refused"
+    monkeypatch.setenv("KNAPSPEC_ALLOW_UNTESTED_VLLM", "1")
+    assert doctor._versions().status == "warn"
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    monkeypatch.setenv("KNAPSPEC_DISABLE", "1")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    checks = doctor.examine()
+    assert by_name(checks, "VLLM_PLUGINS").status == "refused"
+    assert by_name(checks, "KNAPSPEC_DISABLE").status == "warn"
+    assert by_name(checks, "model runner").status == "refused"
+    monkeypatch.setenv("VLLM_PLUGINS", "other, knapspec")
+    assert by_name(doctor.examine(), "VLLM_PLUGINS").status == "ok"
+
+
+def test_store(tmp_path: Path) -> None:
+    new = tmp_path / "not" / "yet" / "there"
+    assert by_name(doctor.examine(store_dir=str(new)), "calibration store").status == "ok"
+    assert not new.exists()
+    file = tmp_path / "file"
+    file.write_text("")
+    assert by_name(doctor.examine(store_dir=str(file)), "calibration store").status == "warn"
+
+
+def test_worst() -> None:
+    checks = [Check("a", "ok", "."), Check("b", "warn", "."), Check("c", "refused", ".")]
+    assert doctor.worst(checks) == "refused"
+    assert doctor.worst(checks[:2]) == "warn"
+    assert doctor.worst([]) == "ok"
+
+
+def test_a_model_that_can_be_served(model: str) -> None:
+    arguments = {"skip_tokenizer_init": True, "max_model_len": 128}
+    check = by_name(doctor.examine(model, arguments), "model")
+    assert (check.status, check.reason) == ("ok", "LlamaForCausalLM can be served.")
+
+
+def test_a_model_that_would_be_refused(model: str) -> None:
+    arguments = {"skip_tokenizer_init": True, "max_model_len": 128, "enable_lora": True}
+    check = by_name(doctor.examine(model, arguments), "model")
+    assert check.status == "refused"
+    assert check.reason == "--enable-lora is not supported; remove it."
