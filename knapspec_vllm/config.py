@@ -53,8 +53,10 @@ class KnapSpecConfig:
     keep_last_layers: int = 1
     """Trailing layers whose attention and MLP always run in full."""
 
-    confidence_threshold: float = 0.6
-    """A row stops drafting when its top-1 probability falls below this. 0 disables it."""
+    confidence_threshold: float = 0.0
+    """A row stops drafting after a token whose top-1 probability is below this. 0 disables it,
+    because it costs more than it saves when plans are accurate: 0.6 gave 1.78x where 0 gave 1.89x
+    (block-expanded SmolLM2, batch 1, 2-core CPU)."""
 
     reference_tokens: int = 16
     """Committed tokens per row the solver judges plans on."""
@@ -103,7 +105,7 @@ class KnapSpecConfig:
     measure. ``off``: never measure; stored curves only, and without them nothing is drafted."""
 
     calibration_seconds: float = 15.0
-    """Upper bound of the time calibration may take at start, in seconds."""
+    """About how long calibration may take at start, in seconds."""
 
     store_dir: str | None = None
     """Folder of the calibration store. None: beside vLLM's own cache."""
@@ -112,10 +114,8 @@ class KnapSpecConfig:
     """What a round costs on top of the model's steps, in microseconds. None: learned online."""
 
     debug_invariants: bool = False
-    """Check slot and plan invariants every round. Slow; for tests and bug reports."""
-
-    seed: int = 0
-    """Seed of everything random that is ours."""
+    """Check after every round that drafting wrote only into K/V slots that verification rewrites.
+    Slow; for tests and bug reports."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -191,7 +191,6 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "resolve_cost_ratio": (1.0, math.inf, False),
     "calibration_seconds": (0.0, math.inf, False),
     "round_overhead_us": (0.0, math.inf, True),
-    "seed": (0, (1 << 63) - 1, True),
 }
 
 

@@ -63,7 +63,7 @@ class CacheLayout:
         self, layer: Any, blocks: torch.Tensor, num_tokens: int, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `read`, from a copy of cache blocks with the block axis in front."""
-        flat = blocks.reshape(len(blocks), -1)
+        flat = blocks.flatten(1)
         if self._fp8 is not None:
             flat = flat.view(self._fp8)
         shape = (-1, self.num_heads, self.head_dim)

@@ -172,6 +172,8 @@ class KnapSpecProposer:
         for req_id, sampled in zip(runner.input_batch.req_ids, sampled_token_ids, strict=False):
             drafted = self._drafted.get(req_id)
             count = len(scheduled.get(req_id, ()))
+            if drafted is None:
+                self.stats.placeholder_tokens += count
             if drafted is None or not count or not sampled:
                 continue
             params = runner.requests[req_id].sampling_params

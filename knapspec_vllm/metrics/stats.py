@@ -18,6 +18,9 @@ class Stats:
     drafting_rounds: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    #: Placeholders that vLLM schedules as drafts of its own for prompts that are fully cached; its
+    #: spec_decode metrics count them as drafted.
+    placeholder_tokens: int = 0
     draft_us: float = 0.0
     solves: int = 0
     solve_us: float = 0.0

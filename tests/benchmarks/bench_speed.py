@@ -9,6 +9,7 @@ unselected  plain vLLM with the plugin installed but not selected, against vLLM 
 from __future__ import annotations
 
 import argparse
+import json
 import pydoc_data.topics
 import sys
 import tempfile
@@ -41,6 +42,13 @@ def main() -> int:
     parser.add_argument(
         "--compiled", action="store_true", help="vLLM's default compilation, both arms"
     )
+    parser.add_argument(
+        "--settings",
+        type=json.loads,
+        action="append",
+        help="KnapSpec settings as JSON; given several times, one arm each",
+    )
+    parser.add_argument("--name", help="name of the result file (default: speed-WHAT)")
     parser.add_argument("--at-least", type=float, help="exit with status 1 below this median ratio")
     arguments = parser.parse_args()
     arms, prompts = ARMS[arguments.what](arguments)
@@ -55,7 +63,7 @@ def main() -> int:
         "prompt_tokens": [len(ids) for ids in prompts],
         "output_tokens": arguments.tokens,
     }
-    name = f"speed-{arguments.what}{'-compiled' if arguments.compiled else ''}"
+    name = arguments.name or f"speed-{arguments.what}{'-compiled' if arguments.compiled else ''}"
     rows = report(arms, len(prompts) * arguments.tokens, context, name)
     if arguments.at_least is not None and rows[1]["ratio_of_medians"] < arguments.at_least:
         print(
@@ -69,12 +77,12 @@ def planted(arguments: argparse.Namespace) -> tuple[list[Arm], list[list[int]]]:
     source = smollm2()
     model = expand_blocks(source)
     prompts = [tokenizer(source).encode(pydoc_data.topics.topics["assert"])[:180]]
-    return [Arm("plain", engine(model, arguments)), knapspec_arm(model, arguments)], prompts
+    return [Arm("plain", engine(model, arguments)), *knapspec_arms(model, arguments)], prompts
 
 
 def real(arguments: argparse.Namespace) -> tuple[list[Arm], list[list[int]]]:
     model = smollm2()
-    return [Arm("plain", engine(model, arguments)), knapspec_arm(model, arguments)], chats(model)
+    return [Arm("plain", engine(model, arguments)), *knapspec_arms(model, arguments)], chats(model)
 
 
 def unselected(arguments: argparse.Namespace) -> tuple[list[Arm], list[list[int]]]:
@@ -99,11 +107,16 @@ def engine(model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def knapspec_arm(model: Path, arguments: argparse.Namespace) -> Arm:
-    """With an empty calibration store: the first start measures, the first request solves."""
-    store = tempfile.mkdtemp(prefix="knapspec-store-")
-    speculative = {"method": "knapspec", "num_speculative_tokens": 8, "store_dir": store}
-    return Arm("knapspec", {**engine(model, arguments), "speculative_config": speculative})
+def knapspec_arms(model: Path, arguments: argparse.Namespace) -> list[Arm]:
+    """With empty calibration stores: the first start measures, the first request solves."""
+    arms = []
+    for settings in arguments.settings or [{}]:
+        store = tempfile.mkdtemp(prefix="knapspec-store-")
+        speculative = {"method": "knapspec", "num_speculative_tokens": 8, "store_dir": store}
+        name = " ".join(["knapspec", *(f"{key}={value}" for key, value in settings.items())])
+        config = {**engine(model, arguments), "speculative_config": {**speculative, **settings}}
+        arms.append(Arm(name, config))
+    return arms
 
 
 def chats(model: Path) -> list[list[int]]:

@@ -11,7 +11,7 @@ from scipy.stats import chi2_contingency
 
 from knapspec_vllm.bench.checkpoints import random_checkpoint
 
-SAMPLES = 20_480
+SAMPLES = 40_960
 VOCABULARY = 24
 #: Several, because a single one concentrates on few tokens.
 PROMPTS = [[(3 * i + 7 * j) % VOCABULARY for j in range(6)] for i in range(8)]
@@ -21,17 +21,15 @@ SMALLEST_CELL = 8
 pytestmark = [pytest.mark.slow, pytest.mark.parity]
 
 
-def draw(llm, seed: int) -> list[tuple[int, ...]]:
+def draw(llm) -> list[tuple[int, ...]]:
     """(prompt, 4 sampled tokens) of each continuation of PROMPTS at temperature 0.8."""
     from vllm import SamplingParams
 
     per_request = 128
     chosen = [i % len(PROMPTS) for i in range(SAMPLES // per_request)]
     requests = [{"prompt_token_ids": PROMPTS[i]} for i in chosen]
-    params = [
-        SamplingParams(temperature=0.8, max_tokens=4, n=per_request, seed=seed + i, ignore_eos=True)
-        for i in range(len(requests))
-    ]
+    # No seed per request: requests with nearby seeds would repeat each other's samples.
+    params = SamplingParams(temperature=0.8, max_tokens=4, n=per_request, ignore_eos=True)
     outputs = llm.generate(requests, params, use_tqdm=False)
     return [
         (prompt, *choice.token_ids)
@@ -61,32 +59,43 @@ SETTINGS = {"skip_tokenizer_init": True, "max_model_len": 64, "max_num_seqs": 25
 
 @pytest.fixture(scope="module")
 def plain(model) -> list[tuple[int, ...]]:
-    with engine(model, **SETTINGS) as llm:
-        return draw(llm, seed=1_000_000)
+    with engine(model, **SETTINGS, seed=11) as llm:
+        return draw(llm)
+
+
+#: What is compared: each position, and pairs of positions, of every prompt.
+STATISTICS = {
+    "token 1": lambda s: (s[0], s[1]),
+    "token 2": lambda s: (s[0], s[2]),
+    "token 3": lambda s: (s[0], s[3]),
+    "token 4": lambda s: (s[0], s[4]),
+    "tokens 2, 3": lambda s: (s[0], s[2:4]),
+    "tokens 3, 4": lambda s: (s[0], s[3:5]),
+}
 
 
 @pytest.mark.parametrize("plan", ["skip attn:* mlp:0,2", "full"])
 def test_same_distribution(model, plain, plan: str) -> None:
-    """Every position's marginal, joints of tokens 2, 3 and 3, 4, per prompt: all p > 0.001."""
+    """Every statistic has p > 0.001 against plain vLLM's samples.
+
+    Six statistics of the same distribution fall below 0.001 once in 170 runs by chance, so a first
+    failure draws once more; a bias fails again.
+    """
     knapspec = {"plan": plan, "draft_length": 3, "debug_invariants": True}
-    with engine(model, knapspec, **SETTINGS, num_speculative_tokens=3) as llm:
-        ours = draw(llm, seed=2_000_000)
-        drafted = metric(llm, "spec_decode_num_draft_tokens")
-        accepted = metric(llm, "spec_decode_num_accepted_tokens")
-    assert len(ours) == len(plain) == SAMPLES
+    with engine(model, knapspec, **SETTINGS, num_speculative_tokens=3, seed=12) as llm:
+        for _ in range(2):
+            ours = draw(llm)
+            assert len(ours) == len(plain) == SAMPLES
+            values = {
+                name: p_value(Counter(map(pick, ours)), Counter(map(pick, plain)))
+                for name, pick in STATISTICS.items()
+            }
+            drafted = metric(llm, "spec_decode_num_draft_tokens")
+            accepted = metric(llm, "spec_decode_num_accepted_tokens")
+            print(f"{plan}: accepted {accepted:.0f} of {drafted:.0f}; p = {values}")
+            if min(values.values()) > 0.001:
+                break
     assert 0.02 < accepted / drafted < 0.98  # verification both keeps and replaces tokens
-    values = {
-        name: p_value(Counter(map(pick, ours)), Counter(map(pick, plain)))
-        for name, pick in {
-            "token 1": lambda s: (s[0], s[1]),
-            "token 2": lambda s: (s[0], s[2]),
-            "token 3": lambda s: (s[0], s[3]),
-            "token 4": lambda s: (s[0], s[4]),
-            "tokens 2, 3": lambda s: (s[0], s[2:4]),
-            "tokens 3, 4": lambda s: (s[0], s[3:5]),
-        }.items()
-    }
-    print(f"{plan}: accepted {accepted:.0f} of {drafted:.0f}; p = {values}")
     assert min(values.values()) > 0.001, values
 
 

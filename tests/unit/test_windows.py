@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Window block tables, slots and row selection, on plain tensors."""
+
+import pytest
+import torch
+
+from knapspec_vllm.draft.metadata import slots_of
+from knapspec_vllm.draft.rows import DraftRows
+from knapspec_vllm.draft.windows import WindowGeometry, window_tables
+
+
+def tokens_read(table: torch.Tensor, length: int, block_size: int) -> list[int]:
+    """Physical slots that paged attention reads through a block table, in order."""
+    return [int(table[p // block_size]) * block_size + p % block_size for p in range(length)]
+
+
+@pytest.mark.parametrize("block_size", [4, 16])
+@pytest.mark.parametrize("window", [1, 7, 16, 33])
+@pytest.mark.parametrize("sinks", [0, 1, 5])
+def test_window_reads_sinks_and_recent_tokens(block_size: int, window: int, sinks: int) -> None:
+    """At every length and step of a round: at least the window and the sinks, and no others."""
+    geometry = WindowGeometry.of(sinks, window, block_size)
+    draft_length = 6
+    blocks = torch.arange(100, 164, dtype=torch.int32)
+    for position in (0, 1, block_size - 1, block_size, 40, 41, 97):
+        tables = window_tables(geometry, blocks[None], torch.tensor([position]), draft_length)
+        for step in range(draft_length):
+            length = position + step + 1
+            kept = length - int(tables.dropped[0])
+            slots = tokens_read(tables.block_table[0], kept, block_size)
+            everything = tokens_read(blocks, length, block_size)
+            assert set(slots) <= set(everything)
+            assert len(set(slots)) == kept
+            assert slots == sorted(slots)
+            # The newest tokens at the start of the round stay in view, as do the sinks.
+            recent = everything[max(0, position + 1 - window) :]
+            assert set(recent) <= set(slots)
+            assert set(everything[:sinks]) <= set(slots)
+        assert geometry.kept_tokens(position + 1) == position + 1 - int(tables.dropped[0])
+
+
+def test_window_is_bounded() -> None:
+    geometry = WindowGeometry.of(64, 512, 16)
+    assert geometry.kept_tokens(100_000) < 64 + 512 + 16
+    assert geometry.kept_tokens(300) == 300
+
+
+def test_rows_of_different_lengths_share_one_table_width() -> None:
+    geometry = WindowGeometry.of(4, 8, 4)
+    table = torch.arange(40, dtype=torch.int32).view(2, 20)
+    tables = window_tables(geometry, table, torch.tensor([3, 70]), 4)
+    assert tables.block_table.shape[0] == 2
+    assert tables.dropped.tolist()[0] == 0
+    assert tables.dropped.tolist()[1] == 56  # 71 tokens, window from 63: block 15; sink block 0
+
+
+def test_slots() -> None:
+    table = torch.tensor([[7, 3, 9], [2, 4, 0]], dtype=torch.int32)
+    positions = torch.tensor([[0, 5, 11], [3, 4, 7]])
+    assert slots_of(table, positions, 4).tolist() == [[28, 13, 39], [11, 16, 19]]
+
+
+def test_selecting_rows_keeps_everything_aligned() -> None:
+    rows = DraftRows(
+        index=[0, 2, 5],
+        req_ids=["a", "b", "c"],
+        tokens=torch.tensor([10, 11, 12]),
+        positions=torch.tensor([4, 9, 30]),
+        host_positions=[4, 9, 30],
+        limits=[1, 2, 3],
+        block_table=torch.arange(6, dtype=torch.int32).view(3, 2),
+    )
+    assert rows.context_tokens == 4 + 9 + 30 + 3
+    assert rows.select([0, 1, 2]) is rows
+    some = rows.select([2, 0])
+    assert some.index == [5, 0]
+    assert some.req_ids == ["c", "a"]
+    assert some.tokens.tolist() == [12, 10]
+    assert some.positions.tolist() == some.host_positions == [30, 4]
+    assert some.limits == [3, 1]
+    assert some.block_table.tolist() == [[4, 5], [0, 1]]
