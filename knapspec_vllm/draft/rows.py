@@ -8,6 +8,41 @@ from dataclasses import dataclass
 import torch
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """The same rows as plain numbers, on which a round is decided before any tensor is made."""
+
+    #: Index of each row in the runner's batch.
+    index: list[int]
+    req_ids: list[str]
+    #: Newest token of each row, and its position.
+    tokens: list[int]
+    positions: list[int]
+    #: Most tokens each row may draft: allocated slots, max_model_len and max_tokens considered.
+    limits: list[int]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def context_tokens(self) -> int:
+        """Sum of context lengths, the newest tokens included."""
+        return sum(self.positions) + len(self.positions)
+
+    def to_rows(self, block_table: torch.Tensor, device: torch.device) -> DraftRows:
+        """block_table: the runner's [rows of its batch, num_blocks] int32, on the device."""
+        where = torch.tensor(self.index, dtype=torch.int64, device=device)
+        return DraftRows(
+            index=self.index,
+            req_ids=self.req_ids,
+            tokens=torch.tensor(self.tokens, dtype=torch.int64, device=device),
+            positions=torch.tensor(self.positions, dtype=torch.int64, device=device),
+            host_positions=self.positions,
+            limits=self.limits,
+            block_table=block_table.index_select(0, where),
+        )
+
+
 @dataclass
 class DraftRows:
     """B decoding requests, each with one newest token whose K/V the target has not computed yet.
@@ -17,7 +52,6 @@ class DraftRows:
     next verify step recomputes P, P + 1, ... in every layer before anything reads them.
     """
 
-    #: Index of each row in the runner's batch.
     index: list[int]
     req_ids: list[str]
     #: [B] int64, on the device: newest token of each row.
@@ -26,18 +60,12 @@ class DraftRows:
     positions: torch.Tensor
     #: The same positions on the host.
     host_positions: list[int]
-    #: Most tokens each row may draft: allocated slots, max_model_len and max_tokens considered.
     limits: list[int]
     #: [B, num_blocks] int32, on the device.
     block_table: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.index)
-
-    @property
-    def context_tokens(self) -> int:
-        """Sum of context lengths, the newest tokens included."""
-        return sum(self.host_positions) + len(self.host_positions)
 
     def select(self, keep: list[int]) -> DraftRows:
         """The rows at the given indices of this batch, in that order."""

@@ -86,10 +86,14 @@ def test_without_prefix_caching_and_planner_on(smollm2_path, prompts, reference,
 
 @pytest.mark.parity
 def test_chunked_prefill(smollm2_path, prompts, reference) -> None:
-    """A budget of 96 tokens a step splits prompts and mixes their chunks with drafting rows."""
+    """A budget of 96 tokens a step splits prompts and mixes their chunks with drafting rows.
+
+    Rows stop drafting at different lengths, by confidence.
+    """
     few = slice(0, 38)
+    settings = SETTINGS | {"confidence_threshold": 0.5}
     with engine(
-        smollm2_path, SETTINGS, max_num_batched_tokens=96, enable_prefix_caching=False
+        smollm2_path, settings, max_num_batched_tokens=96, enable_prefix_caching=False
     ) as llm:
         assert_same_tokens(reference[few], greedy(llm, prompts[few], MAX_TOKENS))
         check_drafted(llm)

@@ -34,6 +34,7 @@ def test_planted_items_are_found(expanded_path: Path, smollm2_path: Path, tmp_pa
         plan = planning.last_choice.plan or planning.last_drafting_choice.plan
         stats = proposer_of(llm).stats
     assert plan is not None, "it never drafted"
+    check_next_start(expanded_path, tmp_path, prompt)
     skipped = {item for item, mode in enumerate(plan.modes) if mode is Mode.SKIP}
     found = len(skipped & planted) / len(planted)
     lost = len(skipped - planted) / (2 * LAYERS)
@@ -44,6 +45,25 @@ def test_planted_items_are_found(expanded_path: Path, smollm2_path: Path, tmp_pa
     )
     assert found >= 0.9
     assert lost <= 0.1
+
+
+def check_next_start(model: Path, store: Path, prompt: list[list[int]]) -> None:
+    """A second start measures and solves nothing, and drafts from the first round on."""
+    files = {path: path.read_bytes() for path in store.iterdir()}
+    with engine(
+        model,
+        {"store_dir": str(store)},
+        dtype="bfloat16",
+        max_model_len=2048,
+        max_num_seqs=1,
+        num_speculative_tokens=8,
+    ) as llm:
+        assert proposer_of(llm).planning.policy.frontier.source == "stored"
+        greedy(llm, prompt, 30)
+        stats = proposer_of(llm).stats
+        assert stats.solves == 0
+        assert stats.accepted_tokens > 0
+    assert {path: path.read_bytes() for path in store.iterdir()} == files
 
 
 def test_planted_output_is_the_targets(

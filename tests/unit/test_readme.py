@@ -38,10 +38,11 @@ def test_named_files_and_targets_exist() -> None:
 )
 def test_serve_configs_parse(path: Path) -> None:
     """vLLM's own parser accepts the file, and our settings in it are known."""
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = make_arg_parser(FlexibleArgumentParser())
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    parser.add_argument("--config")
     arguments = parser.parse_args(["--model", "some/model", "--config", str(path)])
     assert arguments.speculative_config["method"] == "knapspec"
     KnapSpecConfig.from_mapping(arguments.additional_config["knapspec"])

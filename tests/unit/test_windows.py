@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from knapspec_vllm.draft.metadata import slots_of
-from knapspec_vllm.draft.rows import DraftRows
+from knapspec_vllm.draft.rows import Candidates
 from knapspec_vllm.draft.windows import WindowGeometry, window_tables
 
 
@@ -61,21 +61,22 @@ def test_slots() -> None:
 
 
 def test_selecting_rows_keeps_everything_aligned() -> None:
-    rows = DraftRows(
-        index=[0, 2, 5],
+    candidates = Candidates(
+        index=[0, 2, 1],
         req_ids=["a", "b", "c"],
-        tokens=torch.tensor([10, 11, 12]),
-        positions=torch.tensor([4, 9, 30]),
-        host_positions=[4, 9, 30],
+        tokens=[10, 11, 12],
+        positions=[4, 9, 30],
         limits=[1, 2, 3],
-        block_table=torch.arange(6, dtype=torch.int32).view(3, 2),
     )
-    assert rows.context_tokens == 4 + 9 + 30 + 3
+    assert candidates.context_tokens == 4 + 9 + 30 + 3
+    table = torch.arange(6, dtype=torch.int32).view(3, 2)
+    rows = candidates.to_rows(table, torch.device("cpu"))
+    assert rows.block_table.tolist() == [[0, 1], [4, 5], [2, 3]]
     assert rows.select([0, 1, 2]) is rows
     some = rows.select([2, 0])
-    assert some.index == [5, 0]
+    assert some.index == [1, 0]
     assert some.req_ids == ["c", "a"]
     assert some.tokens.tolist() == [12, 10]
     assert some.positions.tolist() == some.host_positions == [30, 4]
     assert some.limits == [3, 1]
-    assert some.block_table.tolist() == [[4, 5], [0, 1]]
+    assert some.block_table.tolist() == [[2, 3], [0, 1]]
