@@ -38,7 +38,7 @@ def frontier(*plans_and_hits, trials=1000, context_tokens=1000):
 
 def policy(found=None, model=None, most=8, **settings):
     settings = {"prior_weight": 1e-9, "round_overhead_us": 0.0, **settings}
-    config = KnapSpecConfig(**settings)
+    config = KnapSpecConfig(**{"min_speedup": 1.03, **settings})
     acceptance = AcceptanceModel(config.prior_weight, config.feedback_half_life)
     made = Policy(config, model or costs(), acceptance, most, LAYERS)
     if found is not None:

@@ -3,8 +3,8 @@
 
 Evaluates the speedup of every plan for every draft length for the current batch. Speculation
 starts above `min_speedup`, and only if it would not lose at the lower end of what acceptance may
-be; it stops below 1.0. The current plan and draft length stay unless another is better by
-`hysteresis`. Pure Python on plain numbers: every rank computes the same choice.
+be; it stops half-way between that and 1. The current plan and draft length stay unless another is
+better by `hysteresis`. Pure Python on plain numbers.
 """
 
 from __future__ import annotations
@@ -195,7 +195,8 @@ class Policy:
         if self._config.always_draft or self._config.draft_length is not None:
             return None
         speedup = table.speedups[index][column]
-        needed = 1.0 if self._speculating else self._config.min_speedup
+        margin = self._config.min_speedup - 1.0
+        needed = 1.0 + (0.5 * margin if self._speculating else margin)
         if speedup < needed:
             return f"predicted speedup {speedup:.2f} < {needed:.2f}"
         if not self._speculating:
