@@ -160,9 +160,11 @@ class CostModel:
             if mode is Mode.WINDOW:
                 raise ValueError("an MLP has no mode WINDOW")
             return self.mlp.at(batch.rows, 0)
-        if mode is Mode.WINDOW:
-            read = min(batch.context_tokens, batch.rows * self.window_tokens)
-            return self.attention_window.at(batch.rows, read)
+        # A window that covers the whole context is FULL; measuring noise must not tell them apart,
+        # or the solver spends its branches on WINDOW where it saves nothing.
+        windowed = batch.rows * self.window_tokens
+        if mode is Mode.WINDOW and windowed < batch.context_tokens:
+            return self.attention_window.at(batch.rows, windowed)
         return self.attention.at(batch.rows, batch.context_tokens)
 
     def fixed_us(self, batch: Batch) -> float:
