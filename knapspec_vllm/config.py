@@ -59,7 +59,8 @@ class KnapSpecConfig:
     (block-expanded SmolLM2, batch 1, 2-core CPU)."""
 
     reference_tokens: int = 16
-    """Committed tokens per row the solver judges plans on."""
+    """Committed tokens per row the solver judges plans on; more where the batch has fewer than
+    reference_rows rows, so that their product stays."""
 
     reference_rows: int = 2
     """Rows of the batch the solver takes reference tokens from."""

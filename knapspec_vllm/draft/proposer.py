@@ -219,17 +219,25 @@ class KnapSpecProposer:
     def _references(
         self, runner: Any, rows: Candidates, block_table: torch.Tensor
     ) -> list[ReferenceRow]:
-        """The newest tokens of the longest rows, for the solver; [] while none is long enough."""
+        """The newest tokens of the longest rows, for the solver; [] while none is long enough.
+
+        In all reference_tokens * reference_rows of them: where fewer rows are at hand, each gives
+        more, because what a solve learns grows with the tokens and not with the rows.
+        """
         assert self.engine is not None
         if not self.engine.layouts:
             return []
-        count, engine = self.config.reference_tokens, self.engine
+        config, engine = self.config, self.engine
         order = sorted(range(len(rows)), key=lambda i: (-rows.positions[i], i))
+        order = [i for i in order if rows.positions[i] + 1 >= config.reference_tokens]
+        order = order[: config.reference_rows]
+        if not order:
+            return []
+        share = config.reference_tokens * config.reference_rows // len(order)
+        count = min(share, rows.positions[order[-1]] + 1)
         chosen = []
-        for i in order[: self.config.reference_rows]:
+        for i in order:
             start = rows.positions[i] + 1 - count
-            if start < 0:
-                break
             row = rows.index[i]
             tokens = runner.input_batch.token_ids_cpu[row, start : start + count]
             blocks = -(-start // engine.block_size)

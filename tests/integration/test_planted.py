@@ -24,7 +24,7 @@ def test_planted_items_are_found(expanded_path: Path, smollm2_path: Path, tmp_pa
     drafted: set[Plan] = set()
     with engine(
         expanded_path,
-        {"store_dir": str(tmp_path), "reference_tokens": 32},
+        {"store_dir": str(tmp_path)},
         dtype="bfloat16",
         max_model_len=2048,
         max_num_seqs=1,

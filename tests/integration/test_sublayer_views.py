@@ -106,8 +106,7 @@ def check_branches(llm, prompts: list[list[int]]) -> None:
             for layer in range(runner.num_layers):
                 states, _ = runner.attention(layer, states, window=False)
                 states = runner.mlp(layer, states)
-            starts = torch.tensor([row.start for row in rows])
-            seen.append((starts, runner.top1(states)))
+            seen.append((rows, runner.top1(states)))
         return original(batch, max_draft_length, references)
 
     proposer.planning.choose = spy
@@ -116,11 +115,11 @@ def check_branches(llm, prompts: list[list[int]]) -> None:
     finally:
         proposer.planning.choose = original
     sequences = {len(p): p + o for p, o in zip(prompts, outputs, strict=True)}
-    count = proposer.config.reference_tokens
     compared = 0
-    for starts, top1 in seen:
+    for rows, top1 in seen:
         assert torch.equal(top1[0], top1[1])
-        for row, start in enumerate(starts.tolist()):
+        count = len(rows[0].tokens)
+        for row, start in enumerate(row.start for row in rows):
             length = min(n for n in sequences if n + 20 >= start + count and start + count >= n)
             sequence = sequences[length]
             for i in range(count):
@@ -146,7 +145,7 @@ def test_reference_rows_hold_the_newest_tokens() -> None:
         proposer.planning.choose = spy
         prompt = [5 + i % 50 for i in range(200)]
         output = greedy(llm, [prompt], 3)[0]
-        count = proposer.config.reference_tokens
+        count = proposer.config.reference_tokens * proposer.config.reference_rows
         assert rows[0].tokens.tolist() == (prompt + output)[203 - count : 203]
         assert rows[0].start == 203 - count
         assert len(rows[0].blocks) == -(-rows[0].start // proposer.engine.block_size)
