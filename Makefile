@@ -16,10 +16,10 @@ VENV := $(if $(filter 0.32.0,$(VLLM)),.venv,.venv-$(VLLM))
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test probe lint format clean
+.PHONY: help setup demo test test-gpu bench-kernels probe lint format clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
 	@echo "settings: MODEL=<path or hub id> DTYPE=float32 (demo), VLLM=0.27.0 (test), PYTEST_ARGS='-m parity' (test),"
 	@echo "          PYTHON=python3.12, TORCH_INDEX_URL=<PyTorch's CPU wheel index>"
 
@@ -31,6 +31,13 @@ demo: setup  ## plain vLLM and KnapSpec side by side, on a real model
 
 test: setup  ## all tests (VLLM=0.27.0: on that version, in an environment of its own)
 	@$(RUN) -m pytest $(PYTEST_ARGS)
+
+test-gpu: setup  ## the kernel tests compiled, and in the engine, on a GPU
+	@KNAPSPEC_KERNELS=auto $(RUN) -m pytest tests/kernels tests/integration/test_kernel_path.py $(PYTEST_ARGS)
+
+bench-kernels: setup  ## kernels against the measured copy bandwidth (toy sizes without a GPU)
+	@for bench in tests/benchmarks/kernels/bench_*.py; do \
+	  $(RUN) $$bench || exit 1; done
 
 probe: setup  ## check every patched seam against vLLM releases that do not run on this machine
 	@trees=$$($(RUN) .ci/vllm_sources.py $(PROBED)) && \

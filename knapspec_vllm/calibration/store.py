@@ -21,12 +21,13 @@ import torch
 
 import knapspec_vllm
 from knapspec_vllm import compat
+from knapspec_vllm.draft.drafter import AttentionPath
 from knapspec_vllm.planner.costs import CostModel
 from knapspec_vllm.planner.types import Frontier
 
 logger = logging.getLogger("vllm.knapspec")
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Calibration:
 
     costs: CostModel
     frontier: Frontier | None
+    attention_path: AttentionPath = "backend"
+    """Who computes draft attention; the costs were measured with it."""
 
 
 class CalibrationStore:
@@ -62,6 +65,7 @@ class CalibrationStore:
             return Calibration(
                 CostModel.from_json(entry["costs"]),
                 None if frontier is None else Frontier.from_json(frontier),
+                _attention_path(entry["attention_path"]),
             )
         except (ValueError, KeyError, TypeError) as error:
             logger.warning(
@@ -77,6 +81,7 @@ class CalibrationStore:
             "fingerprint": self._fingerprint,
             "costs": calibration.costs.to_json(),
             "frontier": None if frontier is None else frontier.to_json(),
+            "attention_path": calibration.attention_path,
         }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +91,12 @@ class CalibrationStore:
             os.replace(name, self.path)
         except OSError as error:
             logger.warning("KnapSpec could not store its calibration in %s: %s", self.path, error)
+
+
+def _attention_path(value: Any) -> AttentionPath:
+    if value not in ("backend", "kernel"):
+        raise ValueError(f"attention_path must be backend or kernel, got {value!r}")
+    return value
 
 
 def store_directory(configured: str | None) -> Path:

@@ -4,7 +4,8 @@
 Backends store blocks in layouts of their own: FlashAttention token-major, CPU kernels in tiles
 packed for AMX or AVX-512. Instead of naming layouts, the backend's own writer is asked: known
 values are written into a scratch cache of two blocks, and where each (token, head, dim) landed is
-the layout. One code path then reads every backend whose writer only moves elements around.
+the layout. One code path then reads every backend whose writer only moves elements around, and the
+kernels get it as `ops.PagedKV`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
+from knapspec_vllm import ops
 
 #: Ids are written in base 8 as digits 1..8, which every cache dtype down to fp8 e5m2 holds exactly.
 _BASE = 8
@@ -45,40 +48,40 @@ class CacheLayout:
         cache = layer.kv_cache
         #: Axis of `cache` that counts blocks: the one as long as the whole cache has blocks.
         self._block_axis = _block_axis(cache, block_size, self.num_heads * self.head_dim * 2)
-        self._key_offsets, self._value_offsets = self._probe(layer, cache)
+        offsets = self._in_memory(cache, self._probe(layer, cache))
+        shape = (2, block_size, self.num_heads, self.head_dim)
+        self._key, self._value = (_addresses(table) for table in offsets.view(shape))
 
-    def read(
-        self,
-        layer: Any,
-        # [num_blocks] int64
-        blocks: torch.Tensor,
-        num_tokens: int,
-        dtype: torch.dtype,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the first `num_tokens` tokens in `blocks`: two [num_tokens, heads, dim]."""
-        chosen = layer.kv_cache.index_select(self._block_axis, blocks).movedim(self._block_axis, 0)
-        return self.read_blocks(layer, chosen, num_tokens, dtype)
+    def bind(self, layer: Any) -> ops.PagedKV:
+        """K and V of a layer whose cache has this layout; a view, valid as long as the cache is."""
+        cache = layer.kv_cache
+        span = 1 + sum((n - 1) * s for n, s in zip(cache.shape, cache.stride(), strict=True))
+        flat = cache.as_strided((span,), (1,))
+        return ops.PagedKV(
+            cache=flat if self._fp8 is None else flat.view(self._fp8),
+            block_stride=cache.stride(self._block_axis),
+            block_size=self.block_size,
+            key=self._key,
+            value=self._value,
+            key_scale=1.0 if self._fp8 is None else float(layer._k_scale_float),
+            value_scale=1.0 if self._fp8 is None else float(layer._v_scale_float),
+        )
 
-    def read_blocks(
-        self, layer: Any, blocks: torch.Tensor, num_tokens: int, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `read`, from a copy of cache blocks with the block axis in front."""
-        flat = blocks.flatten(1)
-        if self._fp8 is not None:
-            flat = flat.view(self._fp8)
-        shape = (-1, self.num_heads, self.head_dim)
-        key = flat[:, self._key_offsets].reshape(shape)[:num_tokens].to(dtype)
-        value = flat[:, self._value_offsets].reshape(shape)[:num_tokens].to(dtype)
-        if self._fp8 is not None:
-            key, value = key * layer._k_scale_float, value * layer._v_scale_float
-        return key, value
+    def _in_memory(self, cache: torch.Tensor, logical: torch.Tensor) -> torch.Tensor:
+        """Offsets in memory of elements numbered in the logical order of a block's axes."""
+        rest = [axis for axis in range(cache.dim()) if axis != self._block_axis]
+        places = torch.zeros_like(logical)
+        for axis in reversed(rest):
+            places += logical % cache.shape[axis] * cache.stride(axis)
+            logical = logical // cache.shape[axis]
+        return places
 
     def _blocks_first(self, cache: torch.Tensor) -> torch.Tensor:
         """[num_blocks, elements of a block], in the logical order of the remaining axes."""
         return cache.movedim(self._block_axis, 0).reshape(cache.shape[self._block_axis], -1)
 
-    def _probe(self, layer: Any, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Offsets [block_size * heads * head_dim] int64 of K's and V's elements within a block."""
+    def _probe(self, layer: Any, cache: torch.Tensor) -> torch.Tensor:
+        """Logical offsets [2 * block_size * heads * head_dim] int64 of K's and V's elements."""
         scratch = _empty_blocks(cache, self._block_axis, count=2)
         count = self.block_size * self.num_heads * self.head_dim
         device = cache.device
@@ -105,7 +108,7 @@ class CacheLayout:
             raise UnknownCacheLayoutError(
                 f"{type(layer.impl).__name__} does not store K and V as plain elements"
             )
-        return offsets[:count], offsets[count:]
+        return offsets
 
     def _write(
         self, layer: Any, digits: torch.Tensor, scratch: torch.Tensor, slots: torch.Tensor
@@ -115,6 +118,27 @@ class CacheLayout:
         if self._fp8 is not None:  # the writer divides by the scales; store plain digits
             key, value = key * layer._k_scale_float, value * layer._v_scale_float
         layer.impl.do_kv_cache_update(layer, key, value, scratch, slots)
+
+
+def _addresses(
+    # [block_size, heads, head_dim] int64
+    offsets: torch.Tensor,
+) -> ops.Addresses:
+    """The same as one term per coordinate, which every known layout is (tiles included)."""
+    token = offsets[:, 0, 0]
+    head, dim = offsets[0, :, 0] - token[0], offsets[0, 0] - token[0]
+    if not torch.equal(offsets, token[:, None, None] + head[:, None] + dim):
+        raise UnknownCacheLayoutError("the place of an element is not a sum over its coordinates")
+    steps = [_step(table) for table in (token, head, dim)]
+    strides = None if None in steps else (int(token[0]), *steps)
+    head, dim = head.int().contiguous(), dim.int().contiguous()
+    return ops.Addresses(token.contiguous(), head, dim, strides)  # type: ignore[arg-type]
+
+
+def _step(table: torch.Tensor) -> int | None:
+    """The difference of consecutive entries if it is one, else None."""
+    steps = set(table.diff().tolist()) or {0}
+    return steps.pop() if len(steps) == 1 else None
 
 
 def _empty_blocks(cache: torch.Tensor, block_axis: int, count: int) -> torch.Tensor:

@@ -3,17 +3,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 
 from knapspec_vllm import ops
 from knapspec_vllm.draft.engine import Engine
-from knapspec_vllm.draft.metadata import StepMetadata, slots_of
+from knapspec_vllm.draft.head import GreedyHead
+from knapspec_vllm.draft.metadata import StepMetadata
 from knapspec_vllm.draft.rows import DraftRows
-from knapspec_vllm.draft.windows import WindowGeometry, WindowTables, window_tables
-from knapspec_vllm.models.view import SublayerView
+from knapspec_vllm.draft.windows import WindowGeometry
+from knapspec_vllm.models.view import AttentionCore, SublayerView
 from knapspec_vllm.planner.types import Mode, Plan
+
+AttentionPath = Literal["backend", "kernel"]
+"""Who computes draft attention: vLLM's attention backend, or `ops.paged_decode_attention`."""
 
 
 class Drafter:
@@ -31,78 +36,86 @@ class Drafter:
         self._geometry = geometry
         self._threshold = confidence_threshold
         self._metadata = StepMetadata(engine)
+        self._head = GreedyHead(engine.view)
+        self.attention_path: AttentionPath = "backend"
 
     @torch.inference_mode()
     def draft(self, plan: Plan, draft_length: int, rows: DraftRows) -> list[list[int]]:
         """Up to `draft_length` tokens for each row, in the rows' order.
 
         A row stops at its limit, or after a token whose top-1 probability is under the confidence
-        threshold (that token is still proposed: its forward has been paid for).
+        threshold (that token is still proposed: its forward has been paid for). Which rows go on
+        is decided on the device; the host reads the result once, at the end.
         """
-        drafts: list[list[int]] = [[] for _ in range(len(rows))]
-        alive = [i for i, limit in enumerate(rows.limits) if min(limit, draft_length) > 0]
-        if not alive:
-            return drafts
-        batch = rows.select(alive)
-        windows = self.windows(plan, batch, draft_length)
+        draft_length = min(draft_length, max(rows.limits, default=0))
+        if draft_length <= 0:
+            return [[] for _ in range(len(rows))]
+        state = self.start(plan, draft_length, rows)
+        longest = max(rows.host_positions) + 1
         for step in range(draft_length):
-            tokens, confidence = self.forward(plan, batch, windows, step)
-            host_tokens, host_confidence = tokens.tolist(), confidence.tolist()
-            keep = []
-            for i, row in enumerate(alive):
-                drafts[row].append(host_tokens[i])
-                if step + 1 < min(batch.limits[i], draft_length) and (
-                    host_confidence[i] >= self._threshold
-                ):
-                    keep.append(i)
-            if not keep:
+            tokens, confidence = self.forward(plan, state, longest + step)
+            ops.draft_advance(state, tokens, confidence, threshold=self._threshold)
+            if self._may_stop_early and not state.active.any():
                 break
-            batch.tokens = tokens
-            if len(keep) < len(alive):
-                batch = batch.select(keep)
-                alive = [alive[i] for i in keep]
-                windows = self.windows(plan, batch, draft_length)
-        return drafts
+        counts, *columns = torch.cat([state.counts[None].long(), state.drafts.T]).tolist()
+        return [[column[i] for column in columns[:count]] for i, count in enumerate(counts)]
 
-    def windows(self, plan: Plan, batch: DraftRows, draft_length: int) -> WindowTables | None:
-        """Window tables for a round of up to `draft_length` forwards; None if no item is WINDOW."""
-        if Mode.WINDOW not in plan.modes:
-            return None
-        return window_tables(self._geometry, batch.block_table, batch.positions, draft_length)
+    def start(self, plan: Plan, draft_length: int, rows: DraftRows) -> ops.DraftState:
+        """The rows' state before the first of `draft_length` forwards."""
+        windowed = Mode.WINDOW in plan.modes
+        state = ops.DraftState.allocate(
+            len(rows),
+            draft_length,
+            rows.block_table,
+            block_size=self._engine.block_size,
+            max_model_len=self._engine.max_model_len,
+            sink_blocks=self._geometry.sink_blocks,
+            window_tokens=self._geometry.window_tokens if windowed else 0,
+        )
+        state.tokens.copy_(rows.tokens)
+        state.positions.copy_(rows.positions)
+        state.limits.copy_(ops.to_device(rows.limits, torch.int32, self._engine.device))
+        ops.draft_start(state)
+        return state
 
     def forward(
-        self, plan: Plan, batch: DraftRows, windows: WindowTables | None, step: int
+        self, plan: Plan, state: ops.DraftState, longest: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Forward number `step` of a round: token ids [B] int64, top-1 probability [B] float32."""
-        positions = batch.positions + step
-        slots = slots_of(batch.block_table, positions[:, None], self._engine.block_size)[:, 0]
-        longest = max(batch.host_positions) + step + 1
-        metadata = self._step_metadata(plan, batch, windows, positions, slots, longest)
-        with self._metadata.active(metadata, slots):
-            hidden = run_plan(self._engine.view, plan, batch.tokens, positions)
-        return ops.greedy_confidence(self._engine.view.logits(hidden))
+        """One forward: token ids [B] int64, top-1 probability [B] float32.
 
-    def _step_metadata(
-        self,
-        plan: Plan,
-        batch: DraftRows,
-        windows: WindowTables | None,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        longest: int,
-    ) -> dict[str, Any]:
+        longest: host-side upper bound of the rows' lengths.
+        """
+        view = self._engine.view
+        if self.attention_path == "kernel":
+            with self._metadata.active({}, state.slots):
+                hidden = run_plan(
+                    view, plan, state.tokens, state.positions, self._cores(plan, state, longest)
+                )
+        else:
+            metadata = self._step_metadata(plan, state, longest)
+            with self._metadata.active(metadata, state.slots):
+                hidden = run_plan(view, plan, state.tokens, state.positions)
+        return self._head(hidden)
+
+    @property
+    def _may_stop_early(self) -> bool:
+        """Looking costs nothing on a CPU; a GPU would have to be waited for."""
+        return self._threshold > 0 and self._engine.device.type == "cpu"
+
+    def _step_metadata(self, plan: Plan, state: ops.DraftState, longest: int) -> dict[str, Any]:
+        """Of vLLM's attention backend, by layer name."""
         metadata: dict[str, Any] = {}
         if any(plan.attention(layer) == Mode.FULL for layer in range(plan.num_layers)):
             metadata = self._metadata.build(
-                batch.block_table, positions + 1, slots, positions, longest
+                state.block_table, state.lengths, state.slots, state.positions, longest
             )
-        if windows is not None:
+        if state.window_table is not None:
             windowed = self._metadata.build(
-                windows.block_table,
-                positions + 1 - windows.dropped,
-                slots,
-                positions,
-                min(longest, windows.block_table.shape[1] * self._engine.block_size),
+                state.window_table,
+                state.window_lengths,
+                state.slots,
+                state.positions,
+                min(longest, state.window_table.shape[1] * self._engine.block_size),
             )
             names = self._engine.layer_names
             metadata = {
@@ -110,6 +123,36 @@ class Drafter:
                 for layer, name in enumerate(names)
             }
         return metadata
+
+    def _cores(
+        self, plan: Plan, state: ops.DraftState, longest: int
+    ) -> Callable[[int], AttentionCore]:
+        """Attention of each layer by our kernel, K/V written by vLLM's own writer."""
+        engine, geometry, rows = self._engine, self._geometry, len(state.tokens)
+
+        def core_of(layer: int) -> AttentionCore:
+            module = engine.view.attention_layer(layer)
+            windowed = plan.attention(layer) == Mode.WINDOW
+
+            def core(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+                key, value = (x.view(rows, -1, module.head_size) for x in (key, value))
+                module.impl.do_kv_cache_update(module, key, value, module.kv_cache, state.slots)
+                return ops.paged_decode_attention(
+                    query.view(rows, -1, module.head_size),
+                    engine.paged_kv[layer],
+                    state.block_table,
+                    state.lengths,
+                    module.impl.scale,
+                    max_length=longest,
+                    sinks=geometry.sink_slots if windowed else 0,
+                    window=geometry.window_tokens if windowed else 0,
+                    sliding_window=module.sliding_window or 0,
+                    soft_cap=getattr(module.impl, "logits_soft_cap", None) or 0.0,
+                ).view(rows, -1)
+
+            return core
+
+        return core_of
 
 
 def run_plan(
@@ -119,12 +162,17 @@ def run_plan(
     token_ids: torch.Tensor,
     # [T] int64
     positions: torch.Tensor,
+    core_of: Callable[[int], AttentionCore] | None = None,
 ) -> torch.Tensor:
-    """Output states [T, d] of the plan's sublayers; needs a forward context."""
+    """Output states [T, d] of the plan's sublayers; needs a forward context.
+
+    core_of: attention core of a layer instead of vLLM's backend.
+    """
     delta, residual = None, view.embed(token_ids)
     for layer in range(view.num_layers):
         if plan.attention(layer) != Mode.SKIP:
-            delta, residual = view.attention(layer, positions, delta, residual)
+            core = None if core_of is None else core_of(layer)
+            delta, residual = view.attention(layer, positions, delta, residual, core)
         if plan.mlp(layer) != Mode.SKIP:
             delta, residual = view.mlp(layer, delta, residual)
     return view.final_hidden(delta, residual)

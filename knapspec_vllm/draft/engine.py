@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from knapspec_vllm.draft.cache_layout import CacheLayout
+from knapspec_vllm import ops
 from knapspec_vllm.models.view import SublayerView
 
 
@@ -32,8 +32,8 @@ class Engine:
     block_size: int
     num_blocks: int
     max_model_len: int
-    #: How K and V lie in each layer's cache, by layer name; empty where that is unknown.
-    layouts: dict[str, CacheLayout]
+    #: K and V of every layer, in layer order; empty where the backend's layout is unknown.
+    paged_kv: tuple[ops.PagedKV, ...]
 
     @property
     def dtype(self) -> torch.dtype:

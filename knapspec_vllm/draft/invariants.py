@@ -51,6 +51,7 @@ class InvariantGuard:
             sorted({b for t in self._tables for b in t}), device=self._engine.device
         )
         self._copies = [self._read(i) for i in range(len(self._engine.layer_names))]
+        self._values = [self._gather(i) for i in range(len(self._engine.paged_kv))]
 
     def after(self, drafts: list[list[int]]) -> None:
         """Raise InvariantError if any K/V outside the drafted positions changed."""
@@ -68,30 +69,31 @@ class InvariantGuard:
                 raise InvariantError(
                     f"layer {layer}: drafting changed the KV blocks {sorted(stray)}"
                 )
-            self._check_tokens(layer, copy, drafts)
+            self._check_tokens(layer, drafts)
 
-    def _check_tokens(self, layer: int, copy: torch.Tensor, drafts: list[list[int]]) -> None:
+    def _check_tokens(self, layer: int, drafts: list[list[int]]) -> None:
         """Inside the block that holds the newest token, earlier tokens must be untouched too."""
-        layout = self._engine.layouts.get(self._engine.layer_names[layer])
-        if layout is None:
+        if not self._values:
             return
         bs = self._engine.block_size
-        module = self._engine.view.attention_layer(layer)
+        now = self._gather(layer)
         order = {block: i for i, block in enumerate(self._blocks.tolist())}
         for i, draft in enumerate(drafts):
             offset = self._rows.host_positions[i] % bs
             if not draft or not offset:
                 continue
             block = self._tables[i][self._rows.host_positions[i] // bs]
-            index = torch.tensor([block], device=self._engine.device)
-            dtype = self._engine.dtype
-            now = layout.read(module, index, offset, dtype)
-            then = layout.read_blocks(module, copy[order[block]][None], offset, dtype)
-            if not all(torch.equal(a, b) for a, b in zip(now, then, strict=True)):
+            span = slice(order[block] * bs, order[block] * bs + offset)
+            pairs = zip(now, self._values[layer], strict=True)
+            if not all(torch.equal(a[span], b[span]) for a, b in pairs):
                 raise InvariantError(
                     f"layer {layer}: drafting for request {self._rows.req_ids[i]} changed K/V of "
                     f"verified tokens in block {block}"
                 )
+
+    def _gather(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the rows' blocks, each [blocks * block_size, heads, dim]."""
+        return self._engine.paged_kv[layer].gather(self._blocks, self._engine.dtype)
 
     def _read(self, layer: int) -> torch.Tensor:
         """[blocks, ...] raw cache contents of the rows' blocks."""

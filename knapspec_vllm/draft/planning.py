@@ -5,24 +5,33 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.draft.agreement import Agreement
-from knapspec_vllm.draft.branches import ReferenceRow, VllmBranches
+from knapspec_vllm.draft.branches import References, VllmBranches
 from knapspec_vllm.draft.engine import Engine
 from knapspec_vllm.draft.windows import WindowGeometry
 from knapspec_vllm.metrics.stats import Stats
 from knapspec_vllm.planner.acceptance import AcceptanceModel
 from knapspec_vllm.planner.costs import CostModel
 from knapspec_vllm.planner.policy import Policy
-from knapspec_vllm.planner.solver import ItemWeights, SolverSettings, solve
+from knapspec_vllm.planner.solver import ItemWeights, PendingSolve, SolverSettings, start_solve
 from knapspec_vllm.planner.types import Batch, Choice, Frontier, Mode, Plan
 
 logger = logging.getLogger("vllm.knapspec")
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A solve that has not come back, and what it was for."""
+
+    solve: PendingSolve
+    batch: Batch
+    described: str
 
 
 class Planning:
@@ -66,12 +75,13 @@ class Planning:
         self.last_drafting_choice = self.last_choice
         self._logged = False
         self._solve_requested = False
+        self._pending: _Pending | None = None
 
     def choose(
         self,
         batch: Batch,
         max_draft_length: int,
-        references: Callable[[], list[ReferenceRow]],
+        references: Callable[[], References | None],
     ) -> Choice:
         """What this round drafts; solves first when the policy asks. All TP ranks call it."""
         self._stats.rounds += 1
@@ -81,7 +91,9 @@ class Planning:
         choice = self._without_costs(max_draft_length)
         if choice is None:
             assert self.policy is not None
+            self._collect_solve()
             self._maybe_solve(batch, references)
+            self._collect_solve()  # a CPU has it at once
             choice = self._agreement.share(
                 self.policy.choose(batch, max_draft_length) if self._agreement.leads else None
             )
@@ -113,9 +125,9 @@ class Planning:
             return Choice(None, 0, 1.0, reason, "no costs")
         return None
 
-    def _maybe_solve(self, batch: Batch, references: Callable[[], list[ReferenceRow]]) -> None:
+    def _maybe_solve(self, batch: Batch, references: Callable[[], References | None]) -> None:
         assert self.policy is not None
-        if self._forced is not None or not self._config.resolve:
+        if self._forced is not None or not self._config.resolve or self._pending is not None:
             return
         reason = "requested" if self._solve_requested else None
         if reason is None and self._agreement.leads:
@@ -123,15 +135,14 @@ class Planning:
         reason = self._agreement.share(reason)
         if reason is None:
             return
-        rows = references()  # same on every rank: derived from the scheduler's output only
-        if rows:
+        found = references()  # same on every rank: derived from the scheduler's output only
+        if found is not None:
             self._solve_requested = False
-            self._solve(batch, rows, reason)
+            self._start_solve(batch, found, reason)
 
-    def _solve(self, batch: Batch, rows: Sequence[ReferenceRow], reason: str) -> None:
+    def _start_solve(self, batch: Batch, references: References, reason: str) -> None:
         assert self.policy is not None
         costs, config = self.policy.costs, self._config
-        start = time.perf_counter()
         weights = self._agreement.share(
             ItemWeights(
                 attention_full_us=costs.item_us("attention", Mode.FULL, batch),
@@ -149,19 +160,32 @@ class Planning:
             windows=config.windows,
         )
         with torch.inference_mode():
-            runner = VllmBranches(self._engine, self._geometry, list(rows))
-            estimates = self._agreement.share(solve(runner, weights, settings))
-        elapsed_us = (time.perf_counter() - start) * 1e6
+            runner = VllmBranches(self._engine, self._geometry, references)
+            pending = start_solve(runner, weights, settings)
+        context = f"{reason}; batch {batch.rows}, context {batch.context_tokens}"
+        self._pending = _Pending(
+            pending, batch, f"{context}, {len(references.tokens)} reference tokens"
+        )
+
+    def _collect_solve(self) -> None:
+        """Install the frontier of a solve that has come back from the device; never waits."""
+        if self._pending is None:
+            return
+        solve, batch = self._pending.solve, self._pending.batch
+        if not self._agreement.share(solve.ready() if self._agreement.leads else None):
+            return
+        estimates = self._agreement.share(solve.result() if self._agreement.leads else ())
         frontier = Frontier(estimates, batch.context_tokens, batch.rows, "solved")
+        assert self.policy is not None
         self.policy.set_frontier(frontier)
-        self.policy.note_solve(elapsed_us)
+        self.policy.note_solve(solve.time_us)
         self._stats.solves += 1
-        self._stats.solve_us += elapsed_us
+        self._stats.solve_us += solve.time_us
         logger.info(
-            "KnapSpec solved %d plans in %.0f ms (%s; batch %d, context %d, %d reference tokens)",
-            len(estimates), elapsed_us / 1e3, reason, batch.rows, batch.context_tokens,
-            sum(len(row.tokens) for row in rows),
+            "KnapSpec solved %d plans in %.0f ms (%s)",
+            len(estimates), solve.time_us / 1e3, self._pending.described,
         )  # fmt: skip
+        self._pending = None
         if self._agreement.leads:
             self._on_frontier(frontier)
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from knapspec_vllm import models
+from knapspec_vllm import models, ops
 from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.draft.agreement import Agreement
-from knapspec_vllm.draft.branches import ReferenceRow
+from knapspec_vllm.draft.branches import References
 from knapspec_vllm.draft.cache_layout import CacheLayout, UnknownCacheLayoutError
 from knapspec_vllm.draft.drafter import Drafter
 from knapspec_vllm.draft.engine import Engine, own_attention_groups
@@ -73,13 +73,20 @@ class KnapSpecProposer:
             block_size=block_size,
             num_blocks=int(cache_config.num_blocks) * (manager_block_size // block_size),
             max_model_len=int(runner.max_model_len),
-            layouts=_layouts(layers, block_size),
+            paged_kv=_paged_kv(layers, block_size),
         )
         self.geometry = WindowGeometry.of(
             self.config.sink_tokens, self.config.window_tokens, block_size
         )
         self.agreement = Agreement()
         self.drafter = Drafter(self.engine, self.geometry, self.config.confidence_threshold)
+        if self.config.draft_attention == "kernel":
+            if not self.engine.paged_kv:
+                raise ValueError(
+                    "draft_attention=kernel needs a KV cache whose layout KnapSpec can read; this "
+                    'attention backend\'s is not: write "draft_attention": "backend"'
+                )
+            self.drafter.attention_path = "kernel"
         self._guard = InvariantGuard(self.engine) if self.config.debug_invariants else None
 
     def use(
@@ -218,37 +225,34 @@ class KnapSpecProposer:
 
     def _references(
         self, runner: Any, rows: Candidates, block_table: torch.Tensor
-    ) -> list[ReferenceRow]:
-        """The newest tokens of the longest rows, for the solver; [] while none is long enough.
+    ) -> References | None:
+        """The newest tokens of the longest rows, for the solver; None while none is long enough.
 
         In all reference_tokens * reference_rows of them: where fewer rows are at hand, each gives
         more, because what a solve learns grows with the tokens and not with the rows.
         """
         assert self.engine is not None
-        if not self.engine.layouts:
-            return []
         config, engine = self.config, self.engine
         order = sorted(range(len(rows)), key=lambda i: (-rows.positions[i], i))
         order = [i for i in order if rows.positions[i] + 1 >= config.reference_tokens]
         order = order[: config.reference_rows]
-        if not order:
-            return []
+        if not order or not engine.paged_kv:
+            return None
         share = config.reference_tokens * config.reference_rows // len(order)
         count = min(share, rows.positions[order[-1]] + 1)
-        chosen = []
-        for i in order:
-            start = rows.positions[i] + 1 - count
-            row = rows.index[i]
-            tokens = runner.input_batch.token_ids_cpu[row, start : start + count]
-            blocks = -(-start // engine.block_size)
-            chosen.append(
-                ReferenceRow(
-                    tokens=torch.tensor(tokens.tolist(), dtype=torch.int64, device=engine.device),
-                    start=start,
-                    blocks=block_table[row, :blocks].long(),
-                )
-            )
-        return chosen
+        starts = [rows.positions[i] + 1 - count for i in order]
+        where = [rows.index[i] for i in order]
+        known = runner.input_batch.token_ids_cpu
+        tokens: list[int] = []
+        for row, start in zip(where, starts, strict=True):
+            tokens += known[row, start : start + count].tolist()
+        width = max(1, -(-max(starts) // engine.block_size))
+        return References(
+            tokens=ops.to_device(tokens, torch.int64, engine.device),
+            starts=ops.to_device(starts, torch.int64, engine.device),
+            block_table=block_table[ops.to_device(where, torch.int64, engine.device), :width],
+            max_start=max(starts),
+        )
 
 
 def _remaining_tokens(request: Any, position: int) -> int:
@@ -259,16 +263,16 @@ def _remaining_tokens(request: Any, position: int) -> int:
     return request.num_prompt_tokens + limit - (position + 1)
 
 
-def _layouts(layers: list[Any], block_size: int) -> dict[str, CacheLayout]:
-    """Cache layouts by layer name; empty, with a warning, where the cache cannot be read."""
+def _paged_kv(layers: list[Any], block_size: int) -> tuple[ops.PagedKV, ...]:
+    """K and V of every layer; empty, with a warning, where the cache cannot be read."""
     try:
         # One probe serves all layers: they share backend, shape and dtype (one KV cache group).
-        first = CacheLayout(layers[0], block_size)
+        layout = CacheLayout(layers[0], block_size)
     except UnknownCacheLayoutError as error:
         logger.warning(
             "KnapSpec cannot solve for plans on this attention backend (%s); it will use stored "
             "or forced plans only",
             error,
         )
-        return {}
-    return dict.fromkeys((layer.layer_name for layer in layers), first)
+        return ()
+    return tuple(layout.bind(layer) for layer in layers)

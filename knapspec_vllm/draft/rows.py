@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from knapspec_vllm import ops
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -31,12 +33,12 @@ class Candidates:
 
     def to_rows(self, block_table: torch.Tensor, device: torch.device) -> DraftRows:
         """block_table: the runner's [rows of its batch, num_blocks] int32, on the device."""
-        where = torch.tensor(self.index, dtype=torch.int64, device=device)
+        where = ops.to_device(self.index, torch.int64, device)
         return DraftRows(
             index=self.index,
             req_ids=self.req_ids,
-            tokens=torch.tensor(self.tokens, dtype=torch.int64, device=device),
-            positions=torch.tensor(self.positions, dtype=torch.int64, device=device),
+            tokens=ops.to_device(self.tokens, torch.int64, device),
+            positions=ops.to_device(self.positions, torch.int64, device),
             host_positions=self.positions,
             limits=self.limits,
             block_table=block_table.index_select(0, where),

@@ -89,14 +89,20 @@ class SublayerView:
         delta: torch.Tensor | None,
         # [T, d]
         residual: torch.Tensor,
+        core: AttentionCore | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Item 2*layer through vLLM's attention backend, in a forward context.
+        """Item 2*layer -> (delta, residual).
 
-        Returns (delta, residual).
+        Between vLLM's QKV and rotary and its output projection runs vLLM's attention backend, in a
+        forward context, or the caller's `core`. A core may return more rows than it got (several
+        attention modes from one QKV pass): the output projection, and delta, then have them too.
         """
         block = self.layers[layer]
         hidden, residual = _norm(block.input_layernorm, delta, residual)
-        return block.self_attn(positions=positions, hidden_states=hidden), residual
+        if core is None:
+            return block.self_attn(positions=positions, hidden_states=hidden), residual
+        with _swapped_core(block.self_attn, core):
+            return block.self_attn(positions=positions, hidden_states=hidden), residual
 
     def mlp(
         self, layer: int, delta: torch.Tensor | None, residual: torch.Tensor
@@ -113,24 +119,6 @@ class SublayerView:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [T, d] -> [T, V] on every tensor-parallel rank."""
         return self.target.compute_logits(hidden)  # type: ignore[operator]
-
-    def attention_with(
-        self,
-        layer: int,
-        positions: torch.Tensor,
-        residual: torch.Tensor,
-        core: AttentionCore,
-    ) -> torch.Tensor:
-        """Item 2*layer with the caller's `core` between vLLM's QKV, rotary and output projections.
-
-        The core may return more rows than it got (several attention modes from one QKV pass); the
-        output projection runs on all of them. Returns the item's output [rows of core's result, d],
-        without the residual.
-        """
-        block = self.layers[layer]
-        hidden = block.input_layernorm(residual)
-        with _swapped_core(block.self_attn, core):
-            return block.self_attn(positions=positions, hidden_states=hidden)
 
     def attention_layer(self, layer: int) -> Any:
         """The vLLM `Attention` module of a layer (cache, scale and backend)."""

@@ -15,6 +15,15 @@ _VERSION_STEP = 0.01
 """A move by this share of a round is worth choosing again."""
 
 
+def with_overhead(step_us: float, extra_us: float) -> float:
+    """A step and what a round costs on top; at least half the step.
+
+    The overhead is one number for all batches, and may be negative: learned on large batches it
+    would make a small batch's step cost nothing or less.
+    """
+    return max(step_us + extra_us, (1.0 - _CLIP) * step_us)
+
+
 class RoundOverhead:
     """Moving averages of measured minus predicted round time, microseconds."""
 

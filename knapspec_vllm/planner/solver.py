@@ -12,19 +12,22 @@ The recurrence is greedy, there as here: a branch dropped at some depth might ha
 only nominates; what the caller gets to judge a plan by is its top-1 agreement.
 
 Shapes are fixed by the settings, dead branches are masked, no tensor value reaches Python before
-the last transfer: the loop never waits for the device and can be captured in a graph. Memory is
+the last transfer: the loop never waits for the device and can be captured in a graph. The result,
+a few kilobytes, comes back in one asynchronous copy; `PendingSolve` is the wait for it. Memory is
 O(branches * R * d) plus two small integers per item and branch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from knapspec_vllm.planner.selection import pareto, select
+from knapspec_vllm import ops
+from knapspec_vllm.planner.selection import EXCHANGE_RATE, pareto
 from knapspec_vllm.planner.types import Mode, Plan, PlanEstimate
 
 WINDOW_MIN_GAIN = 0.03
@@ -75,146 +78,171 @@ class ItemWeights:
 
 
 @dataclass
-class _Branches:
-    """Row 0 is the target, rows 1.. are partial plans. saved: share of the target's item time."""
+class Savings:
+    """What each mode of an item saves, as a share of the target's item time."""
 
-    states: Tensor  # [N, R, d]
-    saved: Tensor  # [N] float32
-    error: Tensor  # [N] float32, 1 - cosine to row 0
-    alive: Tensor  # [N] bool; row 0 stays True
+    # [3] float32 over Mode: FULL, WINDOW, SKIP; negative = not an option
+    attention: Tensor
+    # [3] float32
+    mlp: Tensor
+    #: Whether WINDOW is worth computing; decided on the host, as it changes the shapes.
+    windows: bool
+
+    @classmethod
+    def of(cls, weights: ItemWeights, layers: int, windows: bool, device: torch.device) -> Savings:
+        """Raises ValueError for weights that leave nothing to solve."""
+        total_us = layers * (weights.attention_full_us + weights.mlp_us)
+        if min(weights.attention_full_us, weights.mlp_us) < 0 or not total_us > 0:
+            raise ValueError(f"item weights must not be negative nor all zero, got {weights}")
+        gain_us = weights.attention_full_us - weights.attention_window_us
+        windows = windows and gain_us > WINDOW_MIN_GAIN * weights.attention_full_us
+        attention = [0.0, gain_us if windows else -total_us, weights.attention_full_us]
+        mlp = [0.0, -total_us, weights.mlp_us]
+        shares = [time_us / total_us for time_us in attention + mlp]
+        both = ops.to_device(shares, torch.float32, device)
+        return cls(both[:3], both[3:], windows)
 
 
-@torch.no_grad()
 def solve(
     runner: BranchRunner, weights: ItemWeights, settings: SolverSettings
 ) -> tuple[PlanEstimate, ...]:
     """Plans by ascending saving, at most `bins`, none dominated; never the all-FULL plan.
 
-    A plan is dominated if another saves as much, agrees as often and has as high a cosine. Raises
-    ValueError for weights or settings that leave nothing to solve.
+    A plan is dominated if another saves as much, agrees as often and has as high a cosine. Waits
+    for the device; `start_solve` does not. Raises ValueError for weights or settings that leave
+    nothing to solve.
     """
-    layers = runner.num_layers
-    total_us = layers * (weights.attention_full_us + weights.mlp_us)
-    if min(weights.attention_full_us, weights.mlp_us) < 0 or not total_us > 0:
-        raise ValueError(f"item weights must not be negative nor all zero, got {weights}")
+    return start_solve(runner, weights, settings).result()
+
+
+def start_solve(
+    runner: BranchRunner, weights: ItemWeights, settings: SolverSettings
+) -> PendingSolve:
+    """Queues a solve on the device and the copy of its result, and returns at once."""
     if settings.live_branches < 1 or settings.bins < 1:
         raise ValueError("bins and live_branches must be at least 1")
-    branches = _start(runner.reference_states(), settings.live_branches)
-    number = settings.live_branches + 1
-    parents = torch.zeros(2 * layers, number, dtype=torch.int32, device=branches.states.device)
-    modes = torch.zeros_like(parents)
+    pending = PendingSolve()
+    reference = runner.reference_states()
+    savings = Savings.of(weights, runner.num_layers, settings.windows, reference.device)
+    packed = run_solver(runner, reference, savings, settings)
+    pending.fetch(packed, reference.shape[0], settings.bins)
+    return pending
+
+
+@torch.no_grad()
+def run_solver(
+    runner: BranchRunner, reference: Tensor, savings: Savings, settings: SolverSettings
+) -> Tensor:
+    """The device's part: reference states [R, d] -> [4 + 4L, live_branches + 1] int32.
+
+    Columns are branches, column 0 the target. Rows: share saved and error (float32 bits), hits,
+    alive, then each item's parent columns, then each item's modes.
+    """
+    layers, number = runner.num_layers, settings.live_branches + 1
+    states = reference.unsqueeze(0).expand(number, -1, -1).contiguous()
+    alive = torch.arange(number, device=reference.device) == 0
+    branches = _Branches(states, torch.zeros_like(alive, dtype=torch.float32), alive)
     for layer in range(layers):
         kept = layer < settings.keep_first_layers or layer >= layers - settings.keep_last_layers
-        gain_us = weights.attention_full_us - weights.attention_window_us
-        windowed = settings.windows and gain_us > WINDOW_MIN_GAIN * weights.attention_full_us
-        window_saving = gain_us / total_us if windowed and not kept else None
-        full, window = runner.attention(layer, branches.states, window_saving is not None)
-        attention = _Options(full, window, window_saving, weights.attention_full_us / total_us)
-        branches = _advance(
-            branches, attention, kept, settings, parents[2 * layer], modes[2 * layer]
-        )
+        full, window = runner.attention(layer, branches.states, savings.windows and not kept)
+        branches.advance(full, window, kept, savings.attention, settings)
         full = runner.mlp(layer, branches.states)
-        mlp = _Options(full, None, None, weights.mlp_us / total_us)
-        item = 2 * layer + 1
-        branches = _advance(branches, mlp, kept, settings, parents[item], modes[item])
+        branches.advance(full, None, kept, savings.mlp, settings)
     tokens = runner.top1(branches.states)
     hits = (tokens == tokens[:1]).sum(dim=1, dtype=torch.int32)
-    return _extract(branches, hits, parents, modes, settings.bins)
+    floats = torch.stack([branches.saved, branches.error]).view(torch.int32)
+    flags = [hits, branches.alive.to(torch.int32)]
+    return torch.cat([floats, torch.stack(flags + branches.parents + branches.modes)])
 
 
 @dataclass
-class _Options:
-    """Streams after the modes of one item, and the shares of item time the modes save."""
+class _Branches:
+    """Row 0 is the target, rows 1.. are partial plans."""
 
-    full: Tensor
-    window: Tensor | None
-    window_saving: float | None
-    skip_saving: float
+    states: Tensor
+    """[N, R, d]."""
+    saved: Tensor
+    """[N] float32, share of the target's item time."""
+    alive: Tensor
+    """[N] bool; row 0 stays True."""
+    error: Tensor = field(init=False)
+    """[N] float32, 1 - cosine to row 0."""
+    parents: list[Tensor] = field(default_factory=list)
+    modes: list[Tensor] = field(default_factory=list)
 
-
-def _start(reference: Tensor, live: int) -> _Branches:
-    """All rows hold the embedding; only the target is alive."""
-    number = live + 1
-    alive = torch.zeros(number, dtype=torch.bool, device=reference.device)
-    alive[0] = True
-    zeros = torch.zeros(number, dtype=torch.float32, device=reference.device)
-    states = reference.unsqueeze(0).expand(number, -1, -1).contiguous()
-    return _Branches(states, zeros, zeros.clone(), alive)
-
-
-def _advance(
-    branches: _Branches,
-    options: _Options,
-    kept: bool,
-    settings: SolverSettings,
-    parents: Tensor,
-    modes: Tensor,
-) -> _Branches:
-    """Branches after one item. Writes each branch's parent row and mode, both [N]."""
-    number = branches.saved.shape[0]
-    target = _unit(options.full[0])
-    if kept:
-        error = _error(options.full, target)
-        alive = branches.alive & (error <= 1.0 - settings.prune_cosine)
-        parents.copy_(torch.arange(number, device=parents.device))
-        return _Branches(options.full, branches.saved, error, _with_target(alive))
-    pool = [(options.full, 0.0)]  # in the order of Mode
-    if options.window is not None and options.window_saving is not None:
-        pool.append((options.window, options.window_saving))
-    pool.append((branches.states, options.skip_saving))
-    states = torch.cat([state for state, _ in pool])
-    saved = torch.cat([branches.saved + saving for _, saving in pool])
-    error = torch.cat([_error(state, target) for state, _ in pool])
-    allowed = (error <= 1.0 - settings.prune_cosine) & (saved <= settings.max_saving)
-    allowed &= branches.alive.repeat(len(pool))
-    allowed[0] = False  # the target goes on as row 0, not as a branch of its own
-    chosen, alive = select(saved, error, allowed, settings.live_branches)
-    rows = torch.cat([chosen.new_zeros(1), chosen])
-    alive = torch.cat([alive.new_ones(1), alive])
-    parents.copy_(rows % number)
-    # Option 0, 1, .. of the pool to Mode, without a table that would have to reach the device.
-    modes.copy_(rows // number * (int(Mode.SKIP) // (len(pool) - 1)))
-    return _Branches(states[rows], saved[rows], error[rows], alive)
+    def advance(
+        self,
+        full: Tensor,
+        window: Tensor | None,
+        kept: bool,
+        savings: Tensor,
+        settings: SolverSettings,
+    ) -> None:
+        """From before an item to after it; full, window [N, R, d]: streams after the item."""
+        skip = None if kept else self.states
+        found = ops.dp_relax(
+            full,
+            window,
+            skip,
+            self.saved,
+            self.alive,
+            savings,
+            prune_cosine=settings.prune_cosine,
+            max_saving=settings.max_saving,
+            exchange_rate=EXCHANGE_RATE,
+        )
+        self.states = full if kept else ops.gather_branches(full, window, skip, found.rows)
+        self.saved, self.error, self.alive = found.saved, found.error, found.alive
+        self.parents.append(found.parents)
+        self.modes.append(found.modes)
 
 
-def _with_target(alive: Tensor) -> Tensor:
-    alive = alive.clone()
-    alive[0] = True
-    return alive
+class PendingSolve:
+    """A solve under way on the device, from the moment it is made."""
 
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._arrived: torch.Event | None = None
 
-def _unit(states: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(states.float(), dim=-1)
+    def fetch(self, packed: Tensor, trials: int, bins: int) -> None:
+        """Queue the copy of run_solver's result to the host. trials: reference tokens."""
+        self._trials, self._bins = trials, bins
+        if packed.device.type == "cpu":
+            self._packed = packed
+        else:
+            self._packed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self._packed.copy_(packed, non_blocking=True)
+            self._arrived = torch.Event(packed.device.type)
+            self._arrived.record()
+        self._queued = time.perf_counter()
 
+    def ready(self) -> bool:
+        """Whether result() would not wait."""
+        return self._arrived is None or self._arrived.query()
 
-def _error(states: Tensor, target: Tensor) -> Tensor:
-    """[M]: 1 - cosine, mean over tokens; as a distance, exact where the cosine is close to 1."""
-    return 0.5 * (_unit(states) - target).square().sum(dim=-1).mean(dim=-1)
+    @property
+    def time_us(self) -> float:
+        """Time to run it on a CPU, to queue it elsewhere."""
+        return (self._queued - self._started) * 1e6
 
-
-def _extract(
-    branches: _Branches, hits: Tensor, parents: Tensor, modes: Tensor, bins: int
-) -> tuple[PlanEstimate, ...]:
-    """The only transfer: numbers and pointers of all branches, then backtracking in Python."""
-    number = branches.saved.shape[0]
-    floats = torch.stack([branches.saved, branches.error]).view(torch.int32)
-    flags = torch.stack([hits, branches.alive.to(torch.int32)])
-    packed = torch.cat([floats, flags, parents, modes]).cpu()
-    saved, error = packed[:2].view(torch.float32).tolist()
-    hit_counts, alive = packed[2:4].tolist()
-    items = parents.shape[0]
-    parent_rows, mode_rows = packed[4 : 4 + items].tolist(), packed[4 + items :].tolist()
-    trials = branches.states.shape[1]
-    found: dict[Plan, tuple[float, PlanEstimate]] = {}
-    for branch in range(1, number):
-        if not alive[branch]:
-            continue
-        plan = Plan(_backtrack(parent_rows, mode_rows, branch))
-        cosine = max(1.0 - error[branch], -1.0)
-        estimate = PlanEstimate(plan, cosine, hit_counts[branch], trials)
-        if not plan.is_full:
-            found.setdefault(plan, (saved[branch], estimate))
-    return pareto(list(found.values()), bins)
+    def result(self) -> tuple[PlanEstimate, ...]:
+        """The frontier's plans, backtracked on the host; see `solve`."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        floats = self._packed[:2].view(torch.float32)
+        saved, error = floats.tolist()
+        hits, alive, *pointers = self._packed[2:].tolist()
+        parents, modes = pointers[: len(pointers) // 2], pointers[len(pointers) // 2 :]
+        found: dict[Plan, tuple[float, PlanEstimate]] = {}
+        for branch in range(1, len(alive)):
+            if not alive[branch]:
+                continue
+            plan = Plan(_backtrack(parents, modes, branch))
+            cosine = max(1.0 - error[branch], -1.0)
+            if not plan.is_full:
+                estimate = PlanEstimate(plan, cosine, hits[branch], self._trials)
+                found.setdefault(plan, (saved[branch], estimate))
+        return pareto(list(found.values()), self._bins)
 
 
 def _backtrack(parents: list[list[int]], modes: list[list[int]], branch: int) -> tuple[Mode, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from knapspec_vllm.planner.costs import CostModel, DraftPrices
 from knapspec_vllm.planner.objective import expected_tokens
+from knapspec_vllm.planner.overhead import with_overhead
 from knapspec_vllm.planner.types import Batch, Plan
 
 
@@ -41,8 +42,8 @@ class Rates:
         if paper:
             target_us = prices.target_items_us
             return cls(lengths, prices, target_us, (target_us,) * len(lengths), paper)
-        plain_us = costs.step_us(batch, 1) + plain_extra_us
-        verify_us = tuple(costs.step_us(batch, 1 + n) + round_us for n in lengths)
+        plain_us = with_overhead(costs.step_us(batch, 1), plain_extra_us)
+        verify_us = tuple(with_overhead(costs.step_us(batch, 1 + n), round_us) for n in lengths)
         return cls(lengths, prices, plain_us, verify_us, paper)
 
     def draft_us(self, items_us: float) -> float:

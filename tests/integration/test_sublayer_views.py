@@ -11,7 +11,7 @@ import torch
 from engines import engine, force, greedy, proposer_of, text_prompts
 
 from knapspec_vllm.bench.checkpoints import random_checkpoint
-from knapspec_vllm.draft.branches import ReferenceRow, VllmBranches
+from knapspec_vllm.draft.branches import References, VllmBranches
 from knapspec_vllm.draft.drafter import run_plan
 from knapspec_vllm.draft.metadata import StepMetadata, slots_of
 from knapspec_vllm.planner.types import Plan
@@ -78,7 +78,7 @@ def test_packed_cache_layouts(smollm2_path: Path, kv_cache_dtype: str) -> None:
 def check_cache_is_read_back(eng) -> None:
     """What vLLM's writer put into three scattered blocks is what CacheLayout reads."""
     module = eng.view.attention_layer(2)
-    layout = eng.layouts[module.layer_name]
+    kv = eng.paged_kv[2]
     blocks = torch.tensor([5, 2, 7])
     count = 2 * eng.block_size + 9
     slots = slots_of(blocks[None].int(), torch.arange(count)[None], eng.block_size)[0]
@@ -86,27 +86,27 @@ def check_cache_is_read_back(eng) -> None:
     # Small integers: exact in every cache dtype, fp8 included.
     key, value = (torch.randint(-8, 9, shape).to(eng.dtype) for _ in range(2))
     module.impl.do_kv_cache_update(module, key, value, module.kv_cache, slots)
-    read_key, read_value = layout.read(module, blocks, count, eng.dtype)
-    assert torch.equal(read_key, key)
-    assert torch.equal(read_value, value)
+    read_key, read_value = kv.gather(blocks, eng.dtype)
+    assert torch.equal(read_key[:count], key)
+    assert torch.equal(read_value[:count], value)
 
 
 @torch.inference_mode()
 def check_branches(llm, prompts: list[list[int]]) -> None:
     """The all-FULL branch predicts, from the cached prefix, the very tokens vLLM generated."""
     proposer = proposer_of(llm)
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    seen: list[tuple[References, torch.Tensor]] = []
     original = proposer.planning.choose
 
     def spy(batch, max_draft_length, references):
-        rows = references()
-        if rows:
-            runner = VllmBranches(proposer.engine, proposer.geometry, rows)
+        found = references()
+        if found is not None:
+            runner = VllmBranches(proposer.engine, proposer.geometry, found)
             states = runner.reference_states()[None].repeat(2, 1, 1)
             for layer in range(runner.num_layers):
                 states, _ = runner.attention(layer, states, window=False)
                 states = runner.mlp(layer, states)
-            seen.append((rows, runner.top1(states)))
+            seen.append((found, runner.top1(states)))
         return original(batch, max_draft_length, references)
 
     proposer.planning.choose = spy
@@ -116,10 +116,10 @@ def check_branches(llm, prompts: list[list[int]]) -> None:
         proposer.planning.choose = original
     sequences = {len(p): p + o for p, o in zip(prompts, outputs, strict=True)}
     compared = 0
-    for rows, top1 in seen:
+    for found, top1 in seen:
         assert torch.equal(top1[0], top1[1])
-        count = len(rows[0].tokens)
-        for row, start in enumerate(row.start for row in rows):
+        count = len(found.tokens) // len(found.starts)
+        for row, start in enumerate(found.starts.tolist()):
             length = min(n for n in sequences if n + 20 >= start + count and start + count >= n)
             sequence = sequences[length]
             for i in range(count):
@@ -131,23 +131,25 @@ def check_branches(llm, prompts: list[list[int]]) -> None:
 
 
 def test_reference_rows_hold_the_newest_tokens() -> None:
-    """ReferenceRow's contract: R tokens, prefix blocks up to `start` only."""
+    """A lone row gives the tokens of all rows, and lists the blocks of its prefix only."""
     model = random_checkpoint("LlamaForCausalLM")
     with engine(model, IDLE, skip_tokenizer_init=True, max_model_len=512) as llm:
         proposer = proposer_of(llm)
-        rows: list[ReferenceRow] = []
+        seen: list[References] = []
         original = proposer.planning.choose
 
         def spy(batch, max_draft_length, references):
-            rows[:] = references()
+            seen[:] = [references()]
             return original(batch, max_draft_length, references)
 
         proposer.planning.choose = spy
         prompt = [5 + i % 50 for i in range(200)]
         output = greedy(llm, [prompt], 3)[0]
         count = proposer.config.reference_tokens * proposer.config.reference_rows
-        assert rows[0].tokens.tolist() == (prompt + output)[203 - count : 203]
-        assert rows[0].start == 203 - count
-        assert len(rows[0].blocks) == -(-rows[0].start // proposer.engine.block_size)
+        (found,) = seen
+        assert found.tokens.tolist() == (prompt + output)[203 - count : 203]
+        assert found.starts.tolist() == [203 - count] == [found.max_start]
+        assert found.positions.tolist() == list(range(203 - count, 203))
+        assert found.block_table.shape == (1, -(-found.max_start // proposer.engine.block_size))
         force(llm, "skip mlp:1", 2)
         assert greedy(llm, [prompt], 3)[0] == output

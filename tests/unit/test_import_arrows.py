@@ -6,6 +6,7 @@ kernels. Imports inside functions and under TYPE_CHECKING count as well: they ar
 """
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ ALLOWED: dict[str, set[str] | None] = {
 }
 MAY_IMPORT_VLLM = {"compat", "models", "draft", "patches", "plugin", "bench", "doctor", "cli"}
 KERNEL_LIBRARIES = {"torch", "triton"}
+KERNELS = "knapspec_vllm.kernels"
 # Parts that know which vLLM runner calls them.
 RUNNER_MODULES = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.cpu_model_runner")
 MAY_KNOW_RUNNER = ("draft/proposer.py", "patches/")
@@ -69,8 +71,9 @@ def sources() -> list[tuple[str, Path, str]]:
         names = [n for n in relative.parts if n != "__init__"]
         module = ".".join(["knapspec_vllm", *names])
         result.append((names[0] if names else "", file, module))
-    for file in sorted((ROOT / "kernels").glob("*.py")):
-        result.append(("kernels", file, f"knapspec_vllm.kernels.{file.stem}"))
+    for file in sorted((ROOT / "kernels").rglob("*.py")):
+        names = file.relative_to(ROOT / "kernels").with_suffix("").parts
+        result.append(("kernels", file, ".".join(["knapspec_vllm.kernels", *names])))
     return result
 
 
@@ -117,8 +120,9 @@ def test_runner_is_known_to_fewer(part, file, module):
 def test_kernels_use_torch_and_triton_only(part, file, module):
     if file.is_relative_to(PACKAGE):
         return  # the alias: pathlib
-    roots = {name.partition(".")[0] for name in imported_modules(file, module)}
-    assert roots <= KERNEL_LIBRARIES | {"__future__"}
+    names = imported_modules(file, module)
+    roots = {name.partition(".")[0] for name in names if not name.startswith(KERNELS)}
+    assert roots - sys.stdlib_module_names <= KERNEL_LIBRARIES
 
 
 def test_relative_imports_are_resolved(tmp_path):

@@ -25,7 +25,7 @@ def calibration() -> Calibration:
     ]
     plan = Plan((Mode.FULL, Mode.SKIP, Mode.WINDOW, Mode.FULL))
     frontier = Frontier((PlanEstimate(plan, 0.97, 14, 16),), 100, 1, "solved")
-    return Calibration(CostModel.fit(samples, 2, 640), frontier)
+    return Calibration(CostModel.fit(samples, 2, 640), frontier, "kernel")
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -67,9 +67,21 @@ def _broken_frontier(text: str) -> str:
     return json.dumps(entry)
 
 
+def _unknown_path(text: str) -> str:
+    return json.dumps({**json.loads(text), "attention_path": "magic"})
+
+
 @pytest.mark.parametrize(
     "damage",
-    [_truncated, _foreign, _other_schema, _broken_costs, _broken_frontier, lambda _: "[1, 2]"],
+    [
+        _truncated,
+        _foreign,
+        _other_schema,
+        _broken_costs,
+        _broken_frontier,
+        _unknown_path,
+        lambda _: "[1, 2]",
+    ],
 )
 def test_damaged_or_foreign_files_are_ignored_with_a_warning(
     tmp_path: Path, damage, caplog: pytest.LogCaptureFixture

@@ -4,9 +4,10 @@
 import pytest
 import torch
 
+from knapspec_vllm import ops
 from knapspec_vllm.draft.metadata import slots_of
 from knapspec_vllm.draft.rows import Candidates
-from knapspec_vllm.draft.windows import WindowGeometry, window_tables
+from knapspec_vllm.draft.windows import WindowGeometry
 
 
 def tokens_read(table: torch.Tensor, length: int, block_size: int) -> list[int]:
@@ -22,36 +23,38 @@ def test_window_reads_sinks_and_recent_tokens(block_size: int, window: int, sink
     geometry = WindowGeometry.of(sinks, window, block_size)
     draft_length = 6
     blocks = torch.arange(100, 164, dtype=torch.int32)
-    for position in (0, 1, block_size - 1, block_size, 40, 41, 97):
-        tables = window_tables(geometry, blocks[None], torch.tensor([position]), draft_length)
-        for step in range(draft_length):
+    starts = [0, 1, block_size - 1, block_size, 40, 41, 97]
+    state = ops.DraftState.allocate(
+        len(starts),
+        draft_length,
+        blocks.expand(len(starts), -1),
+        block_size=block_size,
+        max_model_len=1000,
+        sink_blocks=geometry.sink_blocks,
+        window_tokens=window,
+    )
+    state.positions.copy_(torch.tensor(starts))
+    state.limits.fill_(draft_length)
+    ops.draft_start(state)
+    for step in range(draft_length):
+        for row, position in enumerate(starts):
             length = position + step + 1
-            kept = length - int(tables.dropped[0])
-            slots = tokens_read(tables.block_table[0], kept, block_size)
+            kept = int(state.window_lengths[row])
+            slots = tokens_read(state.window_table[row], kept, block_size)
             everything = tokens_read(blocks, length, block_size)
             assert set(slots) <= set(everything)
             assert len(set(slots)) == kept
             assert slots == sorted(slots)
-            # The newest tokens at the start of the round stay in view, as do the sinks.
-            recent = everything[max(0, position + 1 - window) :]
-            assert set(recent) <= set(slots)
+            assert set(everything[max(0, length - window) :]) <= set(slots)
             assert set(everything[:sinks]) <= set(slots)
-        assert geometry.kept_tokens(position + 1) == position + 1 - int(tables.dropped[0])
+            assert geometry.kept_tokens(length) == kept
+        ops.draft_advance(state, state.tokens, torch.ones(len(starts)), threshold=0.5)
 
 
 def test_window_is_bounded() -> None:
     geometry = WindowGeometry.of(64, 512, 16)
     assert geometry.kept_tokens(100_000) < 64 + 512 + 16
     assert geometry.kept_tokens(300) == 300
-
-
-def test_rows_of_different_lengths_share_one_table_width() -> None:
-    geometry = WindowGeometry.of(4, 8, 4)
-    table = torch.arange(40, dtype=torch.int32).view(2, 20)
-    tables = window_tables(geometry, table, torch.tensor([3, 70]), 4)
-    assert tables.block_table.shape[0] == 2
-    assert tables.dropped.tolist()[0] == 0
-    assert tables.dropped.tolist()[1] == 56  # 71 tokens, window from 63: block 15; sink block 0
 
 
 def test_slots() -> None:

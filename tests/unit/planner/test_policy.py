@@ -8,6 +8,7 @@ import pytest
 from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.planner.acceptance import AcceptanceModel
 from knapspec_vllm.planner.objective import paper_tpt, throughput_tpt
+from knapspec_vllm.planner.overhead import with_overhead
 from knapspec_vllm.planner.policy import Policy
 from knapspec_vllm.planner.types import Batch, Plan
 from tests.helpers_policy import BATCH, HALF, LAYERS, LIGHT, costs, frontier, policy
@@ -219,3 +220,10 @@ def test_choosing_is_cheap():
         made.choose(Batch(1 + number, 1000), 8)
         times.append(time.perf_counter() - start)
     assert sorted(times)[len(times) // 2] < 2e-3  # 0.2 ms measured; slack for a busy machine
+
+
+def test_overhead_learned_on_large_batches_does_not_make_small_ones_free() -> None:
+    """A negative overhead larger than a small batch's step must not turn its price negative."""
+    assert with_overhead(1000.0, -90_000.0) == 500.0
+    assert with_overhead(1000.0, -100.0) == 900.0
+    assert with_overhead(1000.0, 90_000.0) == 91_000.0

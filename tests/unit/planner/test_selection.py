@@ -1,42 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which candidates go on and which plans are returned, by hand."""
 
+import math
+
 import torch
 
-from knapspec_vllm.planner.selection import pareto, select
+from knapspec_vllm import ops
+from knapspec_vllm.planner.selection import EXCHANGE_RATE, pareto
 from knapspec_vllm.planner.types import Plan, PlanEstimate
 
 
+def select(saved: list[float], error: list[float], live: int) -> list[int]:
+    """Candidates that go on when every branch may only run its item; 0 is not the target's row."""
+    # One token of width 2, turned away from the target by the angle that gives the error.
+    angles = [0.0, *(math.acos(1.0 - e) for e in error)]
+    full = torch.tensor([[[math.cos(a), math.sin(a)]] for a in angles])
+    number = max(live, len(error)) + 1
+    full = torch.cat([full, full[:1].expand(number - len(full), 1, 2)])
+    alive = torch.arange(number) <= len(error)
+    found = ops.dp_relax(
+        full,
+        None,
+        full,
+        torch.tensor([0.0, *saved, *[0.0] * (number - len(saved) - 1)]),
+        alive,
+        torch.tensor([0.0, -1.0, -1.0]),
+        prune_cosine=0.0,
+        max_saving=1.0,
+        exchange_rate=EXCHANGE_RATE,
+    )
+    rows = zip(found.rows.tolist(), found.alive.tolist(), strict=True)
+    return sorted(row - 1 for row, lives in rows if lives and row)
+
+
 def test_select_by_hand():
-    saved = torch.tensor([0.0, 0.1, 0.1, 0.3, 0.4, 0.4])
-    error = torch.tensor([0.0, 0.01, 0.02, 0.001, 0.5, 0.2])
-    allowed = torch.tensor([True] * 6)
-    chosen, alive = select(saved, error, allowed, 4)
-    # 1 and 2 are dominated by 3, 4 by 5; of the three left each leads its own range.
-    assert sorted(chosen[alive].tolist()) == [0, 3, 5]
-    allowed[3] = False
-    chosen, alive = select(saved, error, allowed, 4)
-    assert sorted(chosen[alive].tolist()) == [0, 1, 5]
-    chosen, alive = select(saved, error, torch.zeros(6, dtype=torch.bool), 4)
-    assert not alive.any()
-    chosen, alive = select(saved[:2], error[:2], allowed[:2], 4)
-    assert chosen.shape == alive.shape == (4,)
-    assert chosen[alive].tolist() in ([0, 1], [1, 0])
-
-
-def test_select_in_a_crowded_range_takes_the_cheap_skip():
-    """Executing has the higher cosine; skipping wins its range all the same."""
-    saved = torch.tensor([0.50, 0.51, 1.0])
-    error = torch.tensor([0.0100, 0.0101, 0.9])
-    chosen, alive = select(saved, error, torch.ones(3, dtype=torch.bool), 1)
-    assert chosen.tolist() == [1]
-    assert alive.all()
-
-
-def test_select_keeps_the_first_of_equals():
-    same = torch.full((5,), 0.2)
-    chosen, alive = select(same, same, torch.ones(5, dtype=torch.bool), 2)
-    assert chosen[alive].tolist() == [0]
+    saved, error = [0.0, 0.1, 0.1, 0.3, 0.4, 0.4], [0.0, 0.01, 0.02, 0.001, 0.5, 0.2]
+    # 1 and 2 are dominated by 3, 4 by 5; all three left go on.
+    assert select(saved, error, 6) == [0, 3, 5]
+    del saved[3], error[3]
+    assert select(saved, error, 6) == [0, 1, 4]
 
 
 def test_pareto_keeps_hits_or_cosine():

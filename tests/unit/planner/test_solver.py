@@ -5,10 +5,7 @@ import itertools
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from knapspec_vllm.planner import solver
 from knapspec_vllm.planner.solver import ItemWeights, SolverSettings, solve
 from knapspec_vllm.planner.types import Mode, Plan
 from tests.helpers_planner import TorchRunner, random_model
@@ -143,110 +140,6 @@ def test_nothing_but_full_survives_an_unreachable_cosine():
 def test_impossible_weights(weights):
     with pytest.raises(ValueError, match="item weights"):
         solve(runner(), weights, SolverSettings())
-
-
-class _Watch(TorchDispatchMode):
-    """Raises where a tensor's values would have to reach Python, or decide a shape.
-
-    Conversions such as tolist() never become an op on the CPU, so calls are watched as well.
-    """
-
-    OPS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2")
-    CALLS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
-
-    def __init__(self):
-        super().__init__()
-        self.shapes: list = []
-        self.watching = True
-        self._calls = _WatchCalls(self)
-
-    def __enter__(self):
-        self._calls.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self._calls.__exit__(*error)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = func.__name__.split(".")[0]
-        if self.watching:
-            if name in self.OPS:
-                raise AssertionError(f"{func} waits for the device")
-            if name == "_to_copy" and kwargs.get("device") is not None:
-                raise AssertionError(f"{func} moves a tensor to {kwargs['device']}")
-            if name == "index" and any(i is not None and i.dtype is torch.bool for i in args[1]):
-                raise AssertionError("indexing by a mask waits for the device")
-        result = func(*args, **kwargs)
-        if self.watching:
-            self.shapes.append((name, tuple(getattr(result, "shape", ()))))
-        return result
-
-
-class _WatchCalls(TorchFunctionMode):
-    def __init__(self, watch):
-        super().__init__()
-        self._watch = watch
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        if self._watch.watching and name in _Watch.CALLS:
-            raise AssertionError(f"{name}() waits for the device")
-        return func(*args, **(kwargs or {}))
-
-
-def _recorded(made, settings, monkeypatch):
-    """Ops and shapes up to the final transfer, with any wait before it an error."""
-    watch = _Watch()
-    extract = solver._extract
-
-    def unwatched(*arguments):
-        watch.watching = False
-        return extract(*arguments)
-
-    with monkeypatch.context() as patched, watch:
-        patched.setattr(solver, "_extract", unwatched)
-        found = solve(made, WEIGHTS, settings)
-    assert not watch.watching
-    return watch.shapes, found
-
-
-def test_never_waits_for_the_device(monkeypatch):
-    made = runner()
-    shapes, found = _recorded(made, SolverSettings(), monkeypatch)
-    assert found == solve(made, WEIGHTS, SolverSettings())
-    assert len(shapes) > 100
-
-
-def test_shapes_do_not_depend_on_values(monkeypatch):
-    """The same ops on the same shapes whether everything survives or nothing does."""
-    easy, found = _recorded(runner(0), SolverSettings(prune_cosine=-1.0), monkeypatch)
-    hard, none = _recorded(runner(7), SolverSettings(prune_cosine=1.0), monkeypatch)
-    assert found
-    assert not none
-    assert easy == hard
-
-
-@pytest.mark.parametrize(
-    "offence",
-    [lambda t: t.sum().item(), lambda t: t.tolist(), lambda t: bool(t.any()), torch.nonzero,
-     lambda t: t[t > 0], lambda t: float(t.max()), lambda t: t.to("meta"), torch.unique,
-     lambda t: int(t.argmax())],
-)  # fmt: skip
-def test_the_watch_sees_each_kind_of_wait(offence):
-    with _Watch(), pytest.raises(AssertionError, match=r"waits|moves"):
-        offence(torch.ones(3))
-
-
-def test_exactly_one_transfer(monkeypatch):
-    calls = []
-    original = torch.Tensor.cpu
-    monkeypatch.setattr(
-        torch.Tensor, "cpu", lambda self, *a, **k: (calls.append(1), original(self, *a, **k))[1]
-    )
-    solve(runner(), WEIGHTS, SolverSettings())
-    assert len(calls) == 1
 
 
 def test_memory_does_not_grow_with_depth():

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The running engine drafts and solves with the Triton kernels, over vLLM's real cache and tables.
+
+Small models through vLLM, kernels interpreted where there is no GPU. That the output is plain
+vLLM's proves the block tables, slots and layouts right; the counters prove that the kernels ran.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from engines import assert_same_tokens, engine, greedy, proposer_of
+
+from knapspec_vllm import envs, ops
+from knapspec_vllm.bench.checkpoints import random_checkpoint
+from knapspec_vllm.draft import planning
+from knapspec_vllm.planner.solver import start_solve
+from tests.helpers_no_sync import no_host_sync
+
+pytestmark = pytest.mark.kernels
+
+KERNELS = {
+    "paged_decode_attention",
+    "draft_start",
+    "draft_advance",
+    "greedy_confidence",
+}
+SOLVER_KERNELS = {"branch_attention", "dp_relax", "gather_branches"}
+PROMPTS = [[5 + i % 50 for i in range(70)], [9 + i % 31 for i in range(23)]]
+ENGINE = {"skip_tokenizer_init": True, "max_model_len": 256, "max_num_seqs": 2}
+
+
+@pytest.fixture
+def triton_ops(monkeypatch):
+    monkeypatch.setenv(envs.KERNELS, "auto")
+    ops.launches.clear()
+    return monkeypatch
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_drafts(triton_ops, dtype: str) -> None:
+    """FULL and WINDOW attention of the draft; bfloat16 caches are packed in tiles on some CPUs."""
+    model = random_checkpoint("LlamaForCausalLM")
+    settings = {
+        "plan": "skip mlp:1; window attn:1",
+        "draft_length": 2,
+        "draft_attention": "kernel",
+        "window_tokens": 16,
+        "sink_tokens": 16,
+        "debug_invariants": True,
+    }
+    with engine(model, dtype=dtype, **ENGINE) as llm:
+        expected = greedy(llm, PROMPTS, 8)
+    with engine(model, settings, dtype=dtype, **ENGINE) as llm:
+        found = greedy(llm, PROMPTS, 8)
+        stats = proposer_of(llm).stats
+        layers = proposer_of(llm).engine.view.num_layers
+    if dtype == "float32":
+        assert_same_tokens(expected, found)
+    assert stats.draft_tokens > 8
+    assert {op for op, kind in ops.launches if kind == "triton"} >= KERNELS
+    assert not [op for op, kind in ops.launches if kind == "eager"]
+    # One attention launch for every layer that the plan does not skip, in every forward.
+    forwards = ops.launches["greedy_confidence", "triton"]
+    assert ops.launches["paged_decode_attention", "triton"] == layers * forwards
+
+
+def test_solves(triton_ops, tmp_path: Path) -> None:
+    """The solver over the served model finds with kernels what it finds with the eager twins.
+
+    And it never waits for values on the way.
+    """
+    model = random_checkpoint("LlamaForCausalLM")
+    settings = {
+        "store_dir": str(tmp_path),  # the second engine takes the first one's measured costs
+        "calibration_seconds": 0.5,
+        "reference_tokens": 4,
+        "live_branches": 6,
+        "window_tokens": 16,
+        "sink_tokens": 16,
+    }
+    frontiers = []
+
+    def guarded(*args):
+        with no_host_sync():
+            return start_solve(*args)
+
+    for kind in ("eager", "triton"):
+        triton_ops.setenv(envs.KERNELS, "eager" if kind == "eager" else "auto")
+        # The interpreter reads tensors itself, so only the twins can be watched.
+        triton_ops.setattr(planning, "start_solve", guarded if kind == "eager" else start_solve)
+        with engine(model, settings, num_speculative_tokens=1, **ENGINE) as llm:
+            proposer_of(llm).planning.request_solve()
+            ops.launches.clear()
+            greedy(llm, PROMPTS, 4)
+            assert proposer_of(llm).stats.solves == 1
+            assert {op for op, ran in ops.launches if ran == kind} >= SOLVER_KERNELS
+            assert {ran for _, ran in ops.launches} == {kind}
+            frontiers.append(proposer_of(llm).planning.policy.frontier)
+    assert frontiers[0].estimates
+    assert [e.plan for e in frontiers[0].estimates] == [e.plan for e in frontiers[1].estimates]
+    assert [e.hits for e in frontiers[0].estimates] == [e.hits for e in frontiers[1].estimates]

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host side and the second stage that both attention kernels share."""
+
+import math
+
+import pytest
+import torch
+
+from knapspec_vllm.kernels.attention_parts import reduce_splits, split_count
+from tests.helpers_kernels import assert_close
+
+pytestmark = pytest.mark.kernels
+
+
+@pytest.mark.parametrize("splits, dim", [(1, 32), (5, 17), (16, 64), (37, 256)])
+def test_reduce_splits(device, splits, dim):
+    """The second stage alone: used, empty (uninitialised) and missing splits."""
+    maximum = torch.randn(3, 2, splits, device=device) * 20
+    maximum[0, 0, splits // 2 :] = -math.inf
+    maximum[1] = -math.inf
+    total = torch.rand(3, 2, splits, device=device) + 0.5
+    partial = torch.randn(3, 2, splits, dim, device=device)
+    weight = torch.exp2(maximum.double() - maximum.double().amax(-1, keepdim=True).clamp(min=-1e9))
+    want = (weight[..., None] * partial).sum(-2)
+    want = want / (weight * total).sum(-1, keepdim=True).clamp(min=1e-300)
+    total[maximum == -math.inf] = 0.0
+    partial[maximum == -math.inf] = math.nan
+    out = torch.full((3, 2, dim), 7.0, device=device)
+    reduce_splits(partial, maximum, total, out)
+    assert_close("out", want, out, 1e-5)
+
+
+def test_split_count_fills_the_device_and_no_more():
+    cpu = torch.device("cpu")  # counted as 8 multiprocessors: 32 programs wanted
+    assert split_count(1, 100_000, cpu) == 32
+    assert split_count(3, 100_000, cpu) == 10
+    assert split_count(3, 200, cpu) == 2, "no split below 128 tokens"
+    assert split_count(3, 0, cpu) == 1
+    assert split_count(33, 8_000, cpu) == 1, "the grid fills the device"
+    assert split_count(33, 40_000, cpu) == 3, "nobody reads more than 16k tokens"
+    assert split_count(0, 0, cpu) == 1
