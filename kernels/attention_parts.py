@@ -129,7 +129,7 @@ def load_tile(
     return tl.load(cache_ptr + (tokens[:, None] + offsets[None, :]), mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _reduce_splits_kernel(
     # [rows, D], contiguous
     out_ptr,
@@ -188,8 +188,8 @@ def reduce_splits(
     if not rows:
         return
     # 16 splits x 256 dims in float32 are 32 registers a thread at 4 warps: all 128 splits at once
-    # would not fit, so the kernel loops.
-    block_s = min(16, triton.next_power_of_2(splits))
+    # would not fit, so the kernel loops. One size for any number of splits, so that a batch of
+    # another shape does not compile another binary while a request waits.
     _reduce_splits_kernel[(rows,)](
         out,
         partial,
@@ -198,7 +198,7 @@ def reduce_splits(
         splits,
         DIM=dim,
         BLOCK_D=triton.next_power_of_2(dim),
-        BLOCK_S=block_s,
+        BLOCK_S=16,
         num_warps=4,
     )
 

@@ -274,7 +274,7 @@ def branch_attention(
     if splits > 1:
         shape = (branches * tokens, query_heads, splits)
         partial = torch.empty((*shape, dim), dtype=torch.float32, device=query.device)
-        maximum, total = partial.new_empty((2, *shape))
+        maximum, total = partial.new_empty(shape), partial.new_empty(shape)
     strided, key_strides, value_strides = strides_of(kv)
     # Tiles along the first axis: those that run at a time read the same keys.
     _branch_attention_kernel[(tiles, rows * heads, splits)](

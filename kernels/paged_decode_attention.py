@@ -241,7 +241,10 @@ def paged_decode_attention(
         partial = torch.empty(
             (rows, query_heads, splits, dim), dtype=torch.float32, device=query.device
         )
-        maximum, total = partial.new_empty((2, rows, query_heads, splits))
+        # Two allocations: halves of one would be aligned, or not, as the batch happens to be, and
+        # Triton compiles for either.
+        maximum = partial.new_empty((rows, query_heads, splits))
+        total = torch.empty_like(maximum)
     strided, key_strides, value_strides = strides_of(kv)
     _paged_decode_attention_kernel[(programs, splits, rows)](
         out,

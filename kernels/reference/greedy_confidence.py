@@ -40,10 +40,10 @@ def greedy_partials(
     if not valid:
         nothing = values.new_zeros(len(values))
         return nothing.long() + first_token, nothing - torch.inf, nothing
-    local = values.argmax(-1)
-    maximum = values.gather(-1, local[:, None])
-    total = torch.exp(values - maximum.clamp(min=_LOWEST)).sum(-1)
-    return local + first_token, maximum[:, 0], total
+    # Not argmax: on a CPU it takes three to four times as long (1 to 128 rows of 49,152).
+    maximum, local = values.max(-1)
+    total = torch.exp(values - maximum.clamp(min=_LOWEST)[:, None]).sum(-1)
+    return local + first_token, maximum, total
 
 
 def merge_greedy(

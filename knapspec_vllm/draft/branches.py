@@ -108,7 +108,8 @@ class VllmBranches:
         """Argmax tokens [N, T] int64 of the head over states [N, T, d]."""
         flat = states.reshape(-1, states.shape[-1])
         tokens = [
-            self._view.logits(self._view.final_hidden(None, part)).argmax(dim=-1)
+            # Not argmax, which takes three times as long on a CPU: a sixth of the solve.
+            self._view.logits(self._view.final_hidden(None, part)).max(dim=-1).indices
             for part in flat.split(_LOGIT_ROWS)
         ]
         return torch.cat(tokens).view(states.shape[:-1])

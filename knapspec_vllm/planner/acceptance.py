@@ -50,14 +50,14 @@ class AcceptanceModel:
         self.version = 0
         """Grows whenever some alpha has moved by VERSION_STEP or more."""
 
-    def prior(self, plan: Plan, hits: int, trials: int) -> None:
+    def prior(self, plan: Plan, hits: float, trials: int) -> None:
         """Sets the solver's agreement of a plan; what verification taught keeps counting half."""
         if not 0 <= hits <= trials:
             raise ValueError(f"hits must lie in 0..trials, got {hits} of {trials}")
         evidence = self._plans.setdefault(plan, _Evidence())
         self._pool_hits += hits - evidence.hits
         self._pool_trials += trials - evidence.trials
-        evidence.hits, evidence.trials = float(hits), float(trials)
+        evidence.hits, evidence.trials = hits, float(trials)
         evidence.accepted *= 0.5
         evidence.rejected *= 0.5
         self.version += 1

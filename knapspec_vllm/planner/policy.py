@@ -16,6 +16,7 @@ from knapspec_vllm.planner.acceptance import AcceptanceModel
 from knapspec_vllm.planner.costs import CostModel
 from knapspec_vllm.planner.overhead import RoundOverhead
 from knapspec_vllm.planner.resolve import ResolveRule
+from knapspec_vllm.planner.selection import smoothed_hits
 from knapspec_vllm.planner.speedups import Rates, SpeedupTable
 from knapspec_vllm.planner.types import Batch, Choice, Frontier, Plan, PlanEstimate
 
@@ -143,8 +144,9 @@ class Policy:
 
     def _install(self, frontier: Frontier) -> None:
         self._acceptance.retain({estimate.plan for estimate in frontier.estimates})
-        for estimate in frontier.estimates:
-            self._acceptance.prior(estimate.plan, estimate.hits, estimate.trials)
+        hits = smoothed_hits(frontier.estimates)
+        for estimate, count in zip(frontier.estimates, hits, strict=True):
+            self._acceptance.prior(estimate.plan, count, estimate.trials)
         self._frontier = frontier
         self._tables.clear()
 

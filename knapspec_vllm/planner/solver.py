@@ -62,7 +62,7 @@ class SolverSettings:
     bins: int = 32
     live_branches: int = 32
     max_saving: float = 0.75
-    prune_cosine: float = 0.5
+    prune_cosine: float = 0.85
     keep_first_layers: int = 1
     keep_last_layers: int = 1
     windows: bool = True
@@ -108,7 +108,7 @@ def solve(
 ) -> tuple[PlanEstimate, ...]:
     """Plans by ascending saving, at most `bins`, none dominated; never the all-FULL plan.
 
-    A plan is dominated if another saves as much, agrees as often and has as high a cosine. Waits
+    A plan is dominated if another saves as much and has as high a cosine. Waits
     for the device; `start_solve` does not. Raises ValueError for weights or settings that leave
     nothing to solve.
     """
@@ -139,25 +139,26 @@ def run_solver(
     alive, then each item's parent columns, then each item's modes.
     """
     layers, number = runner.num_layers, settings.live_branches + 1
-    states = reference.unsqueeze(0).expand(number, -1, -1).contiguous()
-    alive = torch.arange(number, device=reference.device) == 0
-    branches = _Branches(states, torch.zeros_like(alive, dtype=torch.float32), alive)
+    alive = torch.ones(1, dtype=torch.bool, device=reference.device)
+    branches = _Branches(reference[None], torch.zeros(1, device=reference.device), alive)
     for layer in range(layers):
         kept = layer < settings.keep_first_layers or layer >= layers - settings.keep_last_layers
         full, window = runner.attention(layer, branches.states, savings.windows and not kept)
         branches.advance(full, window, kept, savings.attention, settings)
         full = runner.mlp(layer, branches.states)
         branches.advance(full, None, kept, savings.mlp, settings)
+    branches.grow(number)
     tokens = runner.top1(branches.states)
     hits = (tokens == tokens[:1]).sum(dim=1, dtype=torch.int32)
     floats = torch.stack([branches.saved, branches.error]).view(torch.int32)
     flags = [hits, branches.alive.to(torch.int32)]
-    return torch.cat([floats, torch.stack(flags + branches.parents + branches.modes)])
+    pointers = [_padded(row, number) for row in branches.parents + branches.modes]
+    return torch.cat([floats, torch.stack(flags + pointers)])
 
 
 @dataclass
 class _Branches:
-    """Row 0 is the target, rows 1.. are partial plans."""
+    """Row 0 is the target, rows 1.. are partial plans. As many rows as branches may be alive."""
 
     states: Tensor
     """[N, R, d]."""
@@ -165,8 +166,8 @@ class _Branches:
     """[N] float32, share of the target's item time."""
     alive: Tensor
     """[N] bool; row 0 stays True."""
-    error: Tensor = field(init=False)
-    """[N] float32, 1 - cosine to row 0."""
+    error: Tensor | None = None
+    """[N] float32, 1 - cosine to row 0; None before the first item."""
     parents: list[Tensor] = field(default_factory=list)
     modes: list[Tensor] = field(default_factory=list)
 
@@ -179,6 +180,13 @@ class _Branches:
         settings: SolverSettings,
     ) -> None:
         """From before an item to after it; full, window [N, R, d]: streams after the item."""
+        rows = len(full)
+        if not kept:
+            # The first items have few branches: a tenth of a solve's work, were all rows run.
+            self.grow(min(settings.live_branches + 1, rows * (2 if window is None else 3)))
+            rows = len(self.alive)
+            full = _padded(full, rows)
+            window = None if window is None else _padded(window, rows)
         skip = None if kept else self.states
         found = ops.dp_relax(
             full,
@@ -195,6 +203,24 @@ class _Branches:
         self.saved, self.error, self.alive = found.saved, found.error, found.alive
         self.parents.append(found.parents)
         self.modes.append(found.modes)
+
+    def grow(self, rows: int) -> None:
+        """To at least `rows` rows; the new ones repeat the target and are dead."""
+        more = rows - len(self.alive)
+        if more <= 0:
+            return
+        self.states, self.saved = _padded(self.states, rows), _padded(self.saved, rows)
+        self.alive = torch.cat([self.alive, self.alive.new_zeros(more)])
+        if self.error is not None:
+            self.error = _padded(self.error, rows)
+
+
+def _padded(values: Tensor, rows: int) -> Tensor:
+    """Row 0 repeated behind the others."""
+    more = rows - len(values)
+    if more <= 0:
+        return values
+    return torch.cat([values, values[:1].expand(more, *values.shape[1:])])
 
 
 class PendingSolve:

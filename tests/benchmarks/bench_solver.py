@@ -7,7 +7,8 @@ sweep    quality and time against live_branches, bins and reference tokens; a pl
 
 Model: SmolLM2-135M-Instruct in plain torch. A window's last tokens before its boundary are the
 reference tokens, its next 96 tokens judge the plans. The oracle (tests/published_solver.py) has 48
-reference tokens and gets the target's states free of charge; ours runs the target itself.
+reference tokens and gets the target's states free of charge; ours runs the target itself. For
+`speed` ours runs as it is served, inside vLLM.
 """
 
 from __future__ import annotations
@@ -23,14 +24,22 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from solver_scoring import LEVELS, Paired, needed, score
+from solver_serving import Solve, at_first_round, serving
 from solver_session import OUR_REFERENCES, Session, write
 from solver_sweep import sweep
 
 MOST_AGREEMENT_LOST = 0.005
 LEAST_SPEED_RATIO = 8.0
 SIDES = ("ours", "published")
+#: Column of the table -> (solver, rule of solver_scoring.RULES).
+COLUMNS = {
+    "ours": ("ours", "planned"),
+    "published": ("published", "published"),
+    "published, planned": ("published", "planned"),
+    "ours, its tokens": ("ours, its tokens", "planned"),
+}
 OVERALL = "agreement, mean of levels"
-OWN_SPEEDUP = "throughput speedup, own"
+PREDICTED = "throughput speedup, predicted"
 
 
 def main() -> int:
@@ -41,7 +50,7 @@ def main() -> int:
     for name, (_, windows) in COMMANDS.items():
         command = commands.add_parser(name)
         command.add_argument("--windows", type=int, default=windows, help="texts, of three kinds")
-        command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+        command.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
         command.add_argument(
             "--costs", type=Path, help="CostModel as JSON (default: measured for this model)"
         )
@@ -57,17 +66,17 @@ def main() -> int:
             command.add_argument(
                 "--check", action="store_true", help="exit with status 1 below the limits"
             )
+        if name == "quality":
             command.add_argument(
                 "--reference-tokens", type=int, default=OUR_REFERENCES, help="of ours"
             )
-        if name == "quality":
             command.add_argument(
                 "--only-chosen",
                 action="store_true",
                 help="judge only the plans that are picked; leaves out the speedups 'known'",
             )
         if name == "speed":
-            command.add_argument("--rounds", type=int, default=3)
+            command.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     return COMMANDS[arguments.command][0](arguments)
 
@@ -82,6 +91,8 @@ def quality(arguments: argparse.Namespace) -> int:
             "ours": case.ours(references=arguments.reference_tokens),
             "published": case.published(),
         }
+        # Ours again, each plan's own agreement counted on the oracle's reference tokens.
+        found["ours, its tokens"] = case.counted_anew(found["ours"][0]), found["ours"][1]
         for estimates, _ in found.values():
             case.judge(needed(estimates, case.pricing))
             if not arguments.only_chosen:
@@ -90,9 +101,10 @@ def quality(arguments: argparse.Namespace) -> int:
             "text": f"{window.source}: {window.name}",
             "boundary": window.boundary,
         }
-        for side, (estimates, seconds) in found.items():
-            scored = score(estimates, case.pricing, case.agreement)
-            row[side] = {**scored, "plans": len(estimates), "seconds": seconds}
+        for column, (side, rule) in COLUMNS.items():
+            estimates, seconds = found[side]
+            scored = score(estimates, case.pricing, case.agreement, rule)
+            row[column] = {**scored, "plans": len(estimates), "seconds": seconds}
         rows.append(row)
         print(
             f"  {number:>2} {window.source:<6} {window.boundary:>3} tokens: solved in "
@@ -100,47 +112,65 @@ def quality(arguments: argparse.Namespace) -> int:
             f"plans judged, {time.perf_counter() - started:.0f} s in all",
             flush=True,
         )
-    summary = paired(rows)
-    print_summary(summary)
-    speedup, agreement = summary[OWN_SPEEDUP], summary[OVERALL]
+    pairs = {
+        "picked as each does": ("ours", "published"),
+        "picked by our planner": ("ours", "published, planned"),
+        "same tokens, our planner": ("ours, its tokens", "published, planned"),
+    }
+    summaries = {title: paired(rows, *pair) for title, pair in pairs.items()}
+    print_summary(summaries)
+    # Agreement: as each method picks its plans. Predicted speedup: by one predictor on the same
+    # tokens, because 16 and 48 tokens are not shrunk alike, and because the highest of many noisy
+    # agreements is a prediction that nobody should compare.
+    agreement = summaries["picked as each does"][OVERALL]
+    speedup = summaries["same tokens, our planner"][PREDICTED]
     verdicts = [
-        verdict(speedup.difference >= 0, f"{OWN_SPEEDUP}: {speedup.difference:+.4f}, at least 0"),
+        verdict(speedup.difference >= 0, f"{PREDICTED}: {speedup.difference:+.4f}, at least 0"),
         verdict(
             agreement.difference >= -MOST_AGREEMENT_LOST,
             f"{OVERALL}: {agreement.difference:+.4f}, at least {-MOST_AGREEMENT_LOST}",
         ),
     ]
-    figures = {name: asdict(pair) for name, pair in summary.items()}
+    figures = {
+        title: {name: asdict(pair) for name, pair in summary.items()}
+        for title, summary in summaries.items()
+    }
     references = {"reference_tokens": arguments.reference_tokens}
-    write(arguments, "solver-quality", {**references, "summary": figures, "texts": rows})
+    write(arguments, "solver-quality", {**references, "against": figures, "texts": rows})
     return 0 if all(verdicts) or not arguments.check else 1
 
 
-def paired(rows: list[dict[str, Any]]) -> dict[str, Paired]:
-    """Every figure of both sides over the windows."""
+def paired(rows: list[dict[str, Any]], ours: str, other: str) -> dict[str, Paired]:
+    """Every figure of two columns over the windows."""
     for row in rows:
-        for side in SIDES:
+        for column in COLUMNS:
             # nan as soon as one level is missing: such a window does not count.
-            levels = [row[side][f"agreement at {level:.0%}"] for level in LEVELS]
-            row[side][OVERALL] = statistics.fmean(levels)
-    names = [name for name in rows[0]["ours"] if all(name in row[s] for row in rows for s in SIDES)]
+            levels = [row[column][f"agreement at {level:.0%}"] for level in LEVELS]
+            row[column][OVERALL] = statistics.fmean(levels)
+    pair = (ours, other)
+    names = [name for name in rows[0][ours] if all(name in row[c] for row in rows for c in pair)]
     return {
-        name: Paired.of(*([row[side][name] for row in rows] for side in SIDES)) for name in names
+        name: Paired.of(*([row[column][name] for row in rows] for column in pair)) for name in names
     }
 
 
-def print_summary(summary: dict[str, Paired]) -> None:
-    print(f"\n{'':<28}{'ours':>9}{'published':>11}{'difference':>12}{'s.e.':>9}{'windows':>9}")
-    for name, pair in sorted(summary.items()):
+def print_summary(summaries: dict[str, dict[str, Paired]]) -> None:
+    for title, summary in summaries.items():
         print(
-            f"{name:<28}{pair.ours:>9.4f}{pair.published:>11.4f}{pair.difference:>+12.4f}"
-            f"{pair.standard_error:>9.4f}{pair.windows:>9}"
+            f"\n{title:<32}{'ours':>9}{'published':>11}{'difference':>12}{'s.e.':>9}{'windows':>9}"
         )
+        for name, pair in sorted(summary.items()):
+            print(
+                f"{name:<32}{pair.ours:>9.4f}{pair.published:>11.4f}{pair.difference:>+12.4f}"
+                f"{pair.standard_error:>9.4f}{pair.windows:>9}"
+            )
     print(
-        "agreement: top-1, out of sample, of the plan with the best own agreement that saves at\n"
-        "least so much item time. speedup: predicted, at the best draft length of 1 to 8;\n"
-        "own: alpha is the solver's own agreement, shrunk; choice: the same plan and length with\n"
-        "out-of-sample alpha; known: the best of the frontier had that alpha been known.\n"
+        "As each does: the published method picks by its plans' own agreement. By our planner:\n"
+        "both are picked and priced as we do. Same tokens: ours too with its agreement counted on\n"
+        "the 48 reference tokens of the published method. agreement: top-1, out of sample, of the\n"
+        "plan picked among those that save at least so much item time. speedup: at the best draft\n"
+        "length of 1 to 8; predicted: with the agreement believed; choice: the same plan and\n"
+        "length with out-of-sample agreement; known: the best, had that agreement been known.\n"
     )
 
 
@@ -150,39 +180,46 @@ def verdict(passed: bool, text: str) -> bool:
 
 
 def speed(arguments: argparse.Namespace) -> int:
+    """Ours inside vLLM, over its modules and KV cache, as it serves; the oracle in plain torch."""
     session = Session(arguments)
-    cases = [session.case(window) for window in session.windows]
-    references = arguments.reference_tokens
-    cases[0].ours(references=references)
-    cases[0].published()
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    for number in range(1, arguments.rounds + 1):
-        # Who goes first changes from round to round.
-        sides = SIDES if number % 2 else SIDES[::-1]
-        totals = dict.fromkeys(SIDES, 0.0)
-        for case in cases:
-            for side in sides:
-                ours = side == "ours"
-                _, taken = case.ours(references=references) if ours else case.published()
-                totals[side] += taken / len(cases)
-        for side in SIDES:
-            seconds[side].append(totals[side])
-        print(
-            f"  round {number} of {arguments.rounds}: ours {totals['ours'] * 1e3:.0f} ms, "
-            f"published {totals['published'] * 1e3:.0f} ms a solve",
-            flush=True,
-        )
+    with serving(arguments.dtype) as llm:
+        for window in session.windows:
+            case = session.case(window)
+            runs = {
+                "published": lambda _, case=case: case.published()[1],
+                "ours": lambda solve, case=case: solve(case.pricing.weights),
+            }
+
+            def alternate(solve: Solve, runs: Any = runs) -> None:
+                for run in runs.values():
+                    run(solve)  # warm: the first solve of a shape is slower
+                for number in range(arguments.rounds):
+                    # Who goes first changes from round to round.
+                    for side in SIDES if number % 2 else SIDES[::-1]:
+                        seconds[side].append(runs[side](solve))
+
+            at_first_round(llm, window.tokens[: window.boundary], alternate)
+            print(
+                f"  {window.boundary} tokens: "
+                + ", ".join(
+                    f"{side} {statistics.median(times[-arguments.rounds :]) * 1e3:.0f} ms"
+                    for side, times in seconds.items()
+                ),
+                flush=True,
+            )
     ratios = [b / a for a, b in zip(seconds["ours"], seconds["published"], strict=True)]
     ratio = statistics.median(ratios)
-    medians = {side: statistics.median(values) for side, values in seconds.items()}
+    for side, times in seconds.items():
+        print(
+            f"{side}: median {statistics.median(times) * 1e3:.0f} ms, min {min(times) * 1e3:.0f} ms"
+        )
     print(
-        f"medians: ours {medians['ours'] * 1e3:.0f} ms, published "
-        f"{medians['published'] * 1e3:.0f} ms a solve; rounds {min(ratios):.1f} to "
-        f"{max(ratios):.1f}x"
+        f"ratio: median {ratio:.1f}x ({min(ratios):.1f} to {max(ratios):.1f}), "
+        f"of minima {min(seconds['published']) / min(seconds['ours']):.1f}x"
     )
     passed = verdict(ratio >= LEAST_SPEED_RATIO, f"{ratio:.1f}x, at least {LEAST_SPEED_RATIO}x")
-    figures = {"reference_tokens": references, "seconds": seconds, "ratios": ratios, "ratio": ratio}
-    write(arguments, "solver-speed", figures)
+    write(arguments, "solver-speed", {"seconds": seconds, "ratios": ratios, "ratio": ratio})
     return 0 if passed or not arguments.check else 1
 
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a frontier is worth: predicted speedup, and agreement on text its solver has not seen.
 
-Three ways to price a frontier, the same for every solver:
-- own: the best plan and draft length by the solver's own agreement, priced with it;
+Three ways to price a frontier:
+- predicted: the best plan and draft length by the agreement believed, priced with it;
 - choice: that same plan and length, priced with its agreement on the stretch behind the window;
 - known: the best plan and length had the agreement on the stretch been known.
-Own agreement is shrunk (a Beta prior of fixed mean and weight): few trials, of which the best is
-picked. Agreement on the stretch is used as it is.
+Two rules of what to believe (RULES), to be compared like with like: the solver's own agreement of
+every plan, as published; or what our planner makes of the same plans. Both are shrunk by a Beta
+prior of fixed mean and weight. Agreement on the stretch is used as it is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.planner.acceptance import NEUTRAL_ALPHA
 from knapspec_vllm.planner.costs import CostModel
 from knapspec_vllm.planner.curves import Curve
+from knapspec_vllm.planner.selection import pareto, smoothed_hits
 from knapspec_vllm.planner.solver import ItemWeights
 from knapspec_vllm.planner.speedups import Rates, SpeedupTable
 from knapspec_vllm.planner.types import Batch, Mode, Plan, PlanEstimate
@@ -103,30 +105,58 @@ class Pricing:
         return 1.0 - prices.items_us(plan) / prices.target_items_us
 
 
-def shrunk(estimate: PlanEstimate) -> float:
-    """Own agreement with the prior."""
+@dataclass(frozen=True)
+class Ranked:
+    """Plans of a solver, and how much of each is believed."""
+
+    estimates: list[PlanEstimate]
+    alphas: list[float]
+    """Agreement with the prior: hits of 16 or 48 tokens do not weigh the same."""
+
+    @classmethod
+    def as_published(cls, estimates: Sequence[PlanEstimate], _: Pricing) -> Ranked:
+        """Every plan at its own agreement."""
+        return cls(list(estimates), [_shrunk(e.hits, e.trials) for e in estimates])
+
+    @classmethod
+    def as_planned(cls, estimates: Sequence[PlanEstimate], pricing: Pricing) -> Ranked:
+        """As our planner does: undominated in saving and cosine, agreement smoothed."""
+        pairs = [(pricing.saved(estimate.plan), estimate) for estimate in estimates]
+        frontier = pareto(pairs, max(len(pairs), 1))
+        hits = smoothed_hits(frontier)
+        alphas = [_shrunk(count, e.trials) for count, e in zip(hits, frontier, strict=True)]
+        return cls(list(frontier), alphas)
+
+    def at_level(self, pricing: Pricing, level: float) -> PlanEstimate | None:
+        """The best plan, by belief and then cosine, that saves at least `level`."""
+        enough = [
+            (alpha, estimate.cosine, number)
+            for number, (alpha, estimate) in enumerate(
+                zip(self.alphas, self.estimates, strict=True)
+            )
+            if pricing.saved(estimate.plan) >= level - _EPSILON
+        ]
+        return self.estimates[max(enough)[2]] if enough else None
+
+
+RULES = {"published": Ranked.as_published, "planned": Ranked.as_planned}
+
+
+def _shrunk(hits: float, trials: int) -> float:
     weight = KnapSpecConfig().prior_weight
-    return (estimate.hits + weight * NEUTRAL_ALPHA) / (estimate.trials + weight)
-
-
-def at_level(
-    estimates: Sequence[PlanEstimate], pricing: Pricing, level: float
-) -> PlanEstimate | None:
-    """The best plan by own agreement, then cosine, that saves at least `level`."""
-    enough = [e for e in estimates if pricing.saved(e.plan) >= level - _EPSILON]
-    if not enough:
-        return None
-    return max(enough, key=lambda e: (e.hits / e.trials, e.cosine))
+    return (hits + weight * NEUTRAL_ALPHA) / (trials + weight)
 
 
 def needed(estimates: Sequence[PlanEstimate], pricing: Pricing) -> list[Plan]:
     """Plans that have to be judged for everything but "known"."""
-    picked = [at_level(estimates, pricing, level) for level in LEVELS]
-    plans = [estimate.plan for estimate in picked if estimate is not None]
-    for rates in pricing.rates.values():
-        plan, _, _ = _best(rates, estimates, [shrunk(e) for e in estimates])
-        if plan is not None:
-            plans.append(plan)
+    plans: list[Plan] = []
+    for rule in RULES.values():
+        ranked = rule(estimates, pricing)
+        picked = [ranked.at_level(pricing, level) for level in LEVELS]
+        plans += [estimate.plan for estimate in picked if estimate is not None]
+        for rates in pricing.rates.values():
+            plan, _, _ = _best(rates, ranked.estimates, ranked.alphas)
+            plans += [] if plan is None else [plan]
     return plans
 
 
@@ -142,19 +172,21 @@ def _best(
 
 
 def score(
-    estimates: Sequence[PlanEstimate], pricing: Pricing, judged: dict[Plan, float]
+    estimates: Sequence[PlanEstimate], pricing: Pricing, judged: dict[Plan, float], rule: str
 ) -> dict[str, float]:
     """Figures of one frontier on one window. judged: agreement of plans on the stretch.
 
-    "known" is left out unless every plan was judged. A level that no plan reaches is nan.
+    rule: of RULES. "known" is left out unless every plan was judged. A level that no plan reaches
+    is nan.
     """
+    ranked = RULES[rule](estimates, pricing)
     figures: dict[str, float] = {}
     for level in LEVELS:
-        picked = at_level(estimates, pricing, level)
+        picked = ranked.at_level(pricing, level)
         figures[f"agreement at {level:.0%}"] = judged[picked.plan] if picked else math.nan
     for objective, rates in pricing.rates.items():
-        plan, length, speedup = _best(rates, estimates, [shrunk(e) for e in estimates])
-        figures[f"{objective} speedup, own"] = speedup
+        plan, length, speedup = _best(rates, ranked.estimates, ranked.alphas)
+        figures[f"{objective} speedup, predicted"] = speedup
         if plan is not None:
             draft_us = rates.draft_us(rates.prices.items_us(plan))
             speedup = rates.row(judged[plan], draft_us)[rates.lengths.index(length)]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import time
@@ -55,6 +56,14 @@ class Case:
             lambda: solve_published(runner, targets, weights.attention_full_us, weights.mlp_us)
         )
         return result.estimates, seconds
+
+    def counted_anew(self, estimates: Sequence[PlanEstimate]) -> tuple[PlanEstimate, ...]:
+        """The same plans with their hits on the reference tokens of the oracle."""
+        hits = judge(self._before(PUBLISHED_REFERENCES), [estimate.plan for estimate in estimates])
+        return tuple(
+            dataclasses.replace(estimate, hits=count, trials=PUBLISHED_REFERENCES)
+            for estimate, count in zip(estimates, hits, strict=True)
+        )
 
     def judge(self, plans: Sequence[Plan]) -> None:
         """Runs the plans not judged yet on the stretch."""

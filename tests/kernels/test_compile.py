@@ -22,10 +22,6 @@ KERNELS = FOLDER.parents[1] / "kernels"
 MOST_VARIANTS = {
     # By tokens of the solver's reference rows, which hardly change while a server runs.
     "_dp_relax_kernel": 5,
-    # Without splits, and with an even or an odd place for the second half of a buffer.
-    "_paged_decode_attention_kernel": 3,
-    # By the number of splits it merges at a time: 1, 2, 4, 8 or 16.
-    "_reduce_splits_kernel": 5,
 }
 """Binaries a kernel may need as batches change; 2 if not listed: with splits and without."""
 

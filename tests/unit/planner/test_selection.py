@@ -6,7 +6,7 @@ import math
 import torch
 
 from knapspec_vllm import ops
-from knapspec_vllm.planner.selection import EXCHANGE_RATE, pareto
+from knapspec_vllm.planner.selection import EXCHANGE_RATE, pareto, smoothed_hits
 from knapspec_vllm.planner.types import Plan, PlanEstimate
 
 
@@ -41,15 +41,25 @@ def test_select_by_hand():
     assert select(saved, error, 6) == [0, 1, 4]
 
 
-def test_pareto_keeps_hits_or_cosine():
-    def entry(saving, hits, cosine):
-        plan = Plan.parse(f"skip mlp:{int(saving * 10)}", 10)
-        return saving, PlanEstimate(plan, cosine, hits, 16)
+def entry(saving: float, hits: int, cosine: float) -> tuple[float, PlanEstimate]:
+    plan = Plan.parse(f"skip mlp:{int(saving * 10)}", 10)
+    return saving, PlanEstimate(plan, cosine, hits, 16)
 
+
+def test_pareto_keeps_what_no_heavier_plan_matches_in_cosine():
     dominated, light, similar, heavy = (
-        entry(0.1, 14, 0.90), entry(0.2, 16, 0.95), entry(0.3, 14, 0.96), entry(0.4, 15, 0.80),
+        entry(0.1, 16, 0.90), entry(0.2, 14, 0.97), entry(0.3, 16, 0.96), entry(0.4, 15, 0.80),
     )  # fmt: skip
     found = pareto([heavy, dominated, similar, light], 8)
     assert found == (light[1], similar[1], heavy[1])
     assert pareto([light, similar, heavy], 1) == (light[1],)
+    assert pareto([entry(0.2, 1, 0.5), entry(0.2, 9, 0.7)], 8) == (entry(0.2, 9, 0.7)[1],)
     assert pareto([], 4) == ()
+
+
+def test_hits_of_heavier_plans_are_not_believed_over_lighter_ones():
+    plans = [entry(0.1, 14, 0.99), entry(0.2, 10, 0.98), entry(0.3, 15, 0.9), entry(0.4, 3, 0.8)]
+    assert smoothed_hits([estimate for _, estimate in plans]) == [14.0, 12.5, 12.5, 3.0]
+    other = PlanEstimate(Plan.parse("skip attn:1", 10), 0.9, 20, 32)
+    assert smoothed_hits([plans[0][1], other]) == [14.0, 20.0]  # not comparable: left alone
+    assert smoothed_hits([]) == []
