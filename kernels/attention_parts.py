@@ -203,6 +203,15 @@ def reduce_splits(
     )
 
 
+def visible_bound(
+    longest: int, block_size: int, sinks: int, window: int, sliding_window: int
+) -> int:
+    """Most keys that a token can see, from host data only; longest: the longest context."""
+    return min(
+        longest, sinks + window + block_size if window else longest, sliding_window or longest
+    )
+
+
 def split_count(programs: int, tokens: int, device: torch.device) -> int:
     """Into how many splits each row's keys go; from host data only.
 

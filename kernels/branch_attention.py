@@ -42,6 +42,7 @@ from knapspec_vllm.kernels.attention_parts import (
     split_count,
     strides_of,
     tables_of,
+    visible_bound,
 )
 from knapspec_vllm.kernels.paged_kv import PagedKV
 
@@ -262,11 +263,7 @@ def branch_attention(
     num_warps = 8 if block_m * block_d >= 128 * 128 or not half else 4
     tiles = triton.cdiv(branches * refs * group, block_m)
 
-    longest = min(
-        max_prefix,
-        sinks + window + kv.block_size if window else max_prefix,
-        sliding_window or max_prefix,
-    )
+    longest = visible_bound(max_prefix, kv.block_size, sinks, window, sliding_window)
     # A tile keeps an SM as busy as four programs of the decode kernel do, and its partial results
     # are as large as hundreds of keys: split later than there, and into longer pieces.
     splits = split_count(4 * tiles * rows * heads, longest // 4, query.device)

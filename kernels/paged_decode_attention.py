@@ -40,6 +40,7 @@ from knapspec_vllm.kernels.attention_parts import (
     strides_of,
     tables_of,
     token_offsets,
+    visible_bound,
 )
 from knapspec_vllm.kernels.paged_kv import PagedKV
 
@@ -230,11 +231,7 @@ def paged_decode_attention(
     # KV heads along the first axis: they share the blocks of a row, which lie together in memory.
     programs = kv.num_heads * triton.cdiv(group, block_g)
 
-    tokens = min(
-        max_length,
-        sinks + window + kv.block_size if window else max_length,
-        sliding_window or max_length,
-    )
+    tokens = visible_bound(max_length, kv.block_size, sinks, window, sliding_window)
     splits = split_count(rows * programs, tokens, query.device)
     partial = maximum = total = out
     if splits > 1:

@@ -75,8 +75,8 @@ def measure(
 def faster_attention(engine: Engine, drafter: Drafter, max_rows: int) -> AttentionPath:
     """Which attention path drafts a large batch faster, FULL and WINDOW together.
 
-    Leaves the drafter on it. On a CPU it is vLLM's backend, unmeasured: the eager twin gathers the
-    context for every token, which a C++ kernel that reads it in place never loses to.
+    The caller puts the drafter on it. On a CPU it is vLLM's backend, unmeasured: the eager twin
+    gathers the context for every token, which a C++ kernel that reads it in place never loses to.
     """
     if engine.device.type == "cpu" or not engine.paged_kv:
         return "backend"
@@ -91,12 +91,12 @@ def faster_attention(engine: Engine, drafter: Drafter, max_rows: int) -> Attenti
             min(_time(engine, _draft_step(drafter, plans[kind], rows, 1), math.inf))
             for kind in ("draft_full", "draft_window")
         )
-    drafter.attention_path = min(paths, key=times_us.__getitem__)
+    faster = min(paths, key=times_us.__getitem__)
     logger.info(
         "KnapSpec drafts with %s attention (batch %d, context %d: backend %.0f us, kernel %.0f us)",
-        drafter.attention_path, cell.rows, cell.context, times_us["backend"], times_us["kernel"],
+        faster, cell.rows, cell.context, times_us["backend"], times_us["kernel"],
     )  # fmt: skip
-    return drafter.attention_path
+    return faster
 
 
 def uniform_plans(num_layers: int) -> dict[str, Plan]:

@@ -71,7 +71,7 @@ class VllmBranches:
         geometry = self._geometry
 
         def core(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            def attend(sinks: int, window_tokens: int) -> torch.Tensor:
+            def attend(windowed: bool) -> torch.Tensor:
                 return ops.branch_attention(
                     query.view(num, tokens, -1, module.head_size),
                     self._paged_kv[layer],
@@ -79,18 +79,14 @@ class VllmBranches:
                     self._references.starts,
                     key.view(num, tokens, -1, module.head_size),
                     value.view(num, tokens, -1, module.head_size),
-                    module.impl.scale,
                     max_prefix=self._references.max_start,
-                    sinks=sinks,
-                    window=window_tokens,
-                    sliding_window=module.sliding_window or 0,
-                    soft_cap=getattr(module.impl, "logits_soft_cap", None) or 0.0,
+                    **geometry.attention_options(module, windowed),
                 ).view(num * tokens, -1)
 
-            full = attend(0, 0)
+            full = attend(False)
             if not window:
                 return full
-            return torch.cat([full, attend(geometry.sink_slots, geometry.window_tokens)])
+            return torch.cat([full, attend(True)])
 
         delta, _ = self._view.attention(layer, self._positions.repeat(num), None, flat, core)
         full = (flat + delta[: num * tokens]).view(states.shape)

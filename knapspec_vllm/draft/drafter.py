@@ -132,7 +132,7 @@ class Drafter:
 
         def core_of(layer: int) -> AttentionCore:
             module = engine.view.attention_layer(layer)
-            windowed = plan.attention(layer) == Mode.WINDOW
+            options = geometry.attention_options(module, plan.attention(layer) == Mode.WINDOW)
 
             def core(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
                 key, value = (x.view(rows, -1, module.head_size) for x in (key, value))
@@ -142,12 +142,8 @@ class Drafter:
                     engine.paged_kv[layer],
                     state.block_table,
                     state.lengths,
-                    module.impl.scale,
                     max_length=longest,
-                    sinks=geometry.sink_slots if windowed else 0,
-                    window=geometry.window_tokens if windowed else 0,
-                    sliding_window=module.sliding_window or 0,
-                    soft_cap=getattr(module.impl, "logits_soft_cap", None) or 0.0,
+                    **options,
                 ).view(rows, -1)
 
             return core

@@ -10,6 +10,7 @@ is whole blocks: at least `window_tokens` recent tokens, and the blocks that hol
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -36,3 +37,13 @@ class WindowGeometry:
     def kept_tokens(self, length: int) -> int:
         """Tokens that WINDOW attention reads in a sequence of `length` tokens."""
         return length - (self.first_block(length) - self.sink_blocks) * self.block_size
+
+    def attention_options(self, module: Any, windowed: bool) -> dict[str, Any]:
+        """What the attention ops need to know of a vLLM `Attention` module and of the mode."""
+        return {
+            "scale": module.impl.scale,
+            "sinks": self.sink_slots if windowed else 0,
+            "window": self.window_tokens if windowed else 0,
+            "sliding_window": module.sliding_window or 0,
+            "soft_cap": getattr(module.impl, "logits_soft_cap", None) or 0.0,
+        }

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`plan_tpt` against loops in Python's float64 that search, interpolate and compare one by one."""
+"""`plan_tpt` against loops in Python's float64 that search, interpolate and compare one by one.
+
+Over 300 lines because the naive pricing of a whole cost model stands here beside its cases.
+"""
 
 import itertools
 import random
