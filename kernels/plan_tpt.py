@@ -2,12 +2,12 @@
 """Tokens per time of every plan and draft length for a batch, and the choice among them.
 
     speedup[p, g] = (1 + a[p] + ... + a[p]^g) * plain / (g * draft[p] + verify[g])
-    draft[p]  = fixed + counts[p] . (attention, window, mlp)
-    plain     = step(1) + overheads[0],  verify[g] = step(1 + g) + overheads[1]
+    draft[p]  = c[2] * (fixed + counts[p] . (attention, window, mlp))
+    plain     = c[0] * step(1),  verify[g] = c[1] * step(1 + g) + c[3]
 each curve taken at the batch's rows and mean context (`CurveTables`); step() is non-decreasing,
 flat from 1 token to the next measured number of tokens, linear between those and beyond the last.
-A negative overhead takes at most half of a step away.
-The published objective (PAPER): fixed = 0, plain = verify = layers * (attention + mlp).
+c are the corrections: what rounds really take over what the curves say, and a fixed time a round.
+The published objective (PAPER): fixed = 0, plain = verify = layers * (attention + mlp), no c.
 
 One program computes everything: the table is a few hundred numbers, what counts is the latency of
 one launch, and the choice needs all of it. It reads the batch from `lengths`, prices the curves in
@@ -40,8 +40,8 @@ def _plan_tpt_kernel(
     alphas_ptr,
     # [B] int32 or int64
     lengths_ptr,
-    # [2] float32
-    overheads_ptr,
+    # [4] float32
+    corrections_ptr,
     # [3] float32
     thresholds_ptr,
     # [2] int32
@@ -83,8 +83,6 @@ def _plan_tpt_kernel(
     first_token = tl.load(first_ptr + NUM_CURVES + curve, mask=real, other=0.0)
     tokens = tl.load(tokens_ptr + curve, mask=real, other=0.0)
     tokens_before = tl.load(tokens_ptr + curve - 1, mask=is_step, other=0.0)
-    plain_extra = tl.load(overheads_ptr)
-    round_extra = tl.load(overheads_ptr + 1)
     hysteresis = tl.load(thresholds_ptr)
     start = tl.load(thresholds_ptr + 1)
     stay = tl.load(thresholds_ptr + 2)
@@ -136,8 +134,13 @@ def _plan_tpt_kernel(
         plain_us = tl.sum(tl.where(curve == 4, time_us, 0.0), 0)
         verify_us = tl.sum(tl.where(curve == 5, here, 0.0), 0)
         verify_us += tl.sum(climbed * slope[:, None], 0)
-        plain_us = tl.maximum(plain_us + plain_extra, 0.5 * plain_us)
-        verify_us = tl.maximum(verify_us + round_extra, 0.5 * verify_us)
+        plain_us *= tl.load(corrections_ptr)
+        verify_us = verify_us * tl.load(corrections_ptr + 1) + tl.load(corrections_ptr + 3)
+        draft_factor = tl.load(corrections_ptr + 2)
+        fixed_us *= draft_factor
+        full_us *= draft_factor
+        window_us *= draft_factor
+        mlp_us *= draft_factor
 
     keeps = (last_plan >= 0) & (last_plan < num_plans)
     keeps = keeps & (last_length >= shortest) & (last_length <= longest)
@@ -202,8 +205,8 @@ def plan_tpt(
     alphas: torch.Tensor,
     # [B] int32 or int64: context tokens of each drafting row, 0 for padding
     lengths: torch.Tensor,
-    # [2] float32, microseconds: what a plain and a speculative round cost on top
-    overheads: torch.Tensor,
+    # [4] float32: factors of plain steps, verify steps and drafts, microseconds a round
+    corrections: torch.Tensor,
     # [3] float32: hysteresis, speedup to start at, speedup to stay at
     thresholds: torch.Tensor,
     # [2] int32: plan (-1: none) and draft length (0: did not draft) of the last round
@@ -225,7 +228,7 @@ def plan_tpt(
         counts.contiguous(),
         alphas.contiguous(),
         lengths.contiguous(),
-        overheads.contiguous(),
+        corrections.contiguous(),
         thresholds.contiguous(),
         current.contiguous(),
         choice,

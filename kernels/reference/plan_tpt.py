@@ -16,8 +16,8 @@ def plan_tpt(
     alphas: torch.Tensor,
     # [B] int32 or int64: context tokens of each drafting row, 0 for padding
     lengths: torch.Tensor,
-    # [2] float32, microseconds: what a plain and a speculative round cost on top
-    overheads: torch.Tensor,
+    # [4] float32: factors of plain steps, verify steps and drafts, microseconds a round
+    corrections: torch.Tensor,
     # [3] float32: hysteresis, speedup to start at, speedup to stay at
     thresholds: torch.Tensor,
     # [2] int32: plan (-1: none) and draft length (0: did not draft) of the last round
@@ -36,11 +36,11 @@ def plan_tpt(
     plans, longest = len(counts), max_draft_length
     rows = (lengths > 0).sum()
     plain_us, verify_us, fixed_us, items_us = _prices(curves, rows, lengths, longest, paper)
-    if not paper:
-        # An overhead learned on large batches may be more negative than a small step is long.
-        plain_us = torch.maximum(plain_us + overheads[0], 0.5 * plain_us)
-        verify_us = torch.maximum(verify_us + overheads[1], 0.5 * verify_us)
     draft_us = fixed_us + (counts * items_us).sum(-1)
+    if not paper:
+        plain_us = plain_us * corrections[0]
+        verify_us = verify_us * corrections[1] + corrections[3]
+        draft_us = draft_us * corrections[2]
     draft_lengths = torch.arange(1, longest + 1, device=counts.device)
     rate = plain_us / (draft_lengths * draft_us[:, None] + verify_us)
     # 1 + a + ... + a^g as a sum of positive terms: no cancellation where a is close to 1.

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from knapspec_vllm.draft.drafter import AttentionPath, Drafter
+from knapspec_vllm.draft.attention import AttentionPath
+from knapspec_vllm.draft.drafter import Drafter
 from knapspec_vllm.draft.engine import Engine
 from knapspec_vllm.draft.metadata import StepMetadata, slots_of
 from knapspec_vllm.draft.rows import DraftRows
@@ -160,7 +161,8 @@ def _draft_step(
     longest = max(rows.host_positions) + 1
 
     def run() -> object:
-        tokens, confidence = drafter.forward(plan, state, longest)
+        with drafter.forwards(plan, state, longest) as forward:
+            tokens, confidence = forward()
         return tokens.tolist(), confidence.tolist()
 
     return run

@@ -21,7 +21,7 @@ import torch
 
 import knapspec_vllm
 from knapspec_vllm import compat
-from knapspec_vllm.draft.drafter import AttentionPath
+from knapspec_vllm.draft.attention import AttentionPath
 from knapspec_vllm.planner.costs import CostModel
 from knapspec_vllm.planner.types import Frontier
 

@@ -43,11 +43,11 @@ class StepMetadata:
         # Optional fields differ between vLLM 0.26 and 0.33; only those that exist are passed.
         self._fields = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
 
-    def build(
+    def common(
         self,
         # [B, num_blocks] int32: the blocks attention reads
         block_table: torch.Tensor,
-        # [B] int64: length each row attends to, its own q tokens included
+        # [B] int32 or int64: length each row attends to, its own q tokens included
         lengths: torch.Tensor,
         # [B * q] int64
         slots: torch.Tensor,
@@ -55,8 +55,11 @@ class StepMetadata:
         positions: torch.Tensor,
         max_length: int,
         tokens_per_row: int = 1,
-    ) -> dict[str, Any]:
-        """Metadata by layer name. max_length is a host-side upper bound of `lengths`."""
+    ) -> Any:
+        """vLLM's CommonAttentionMetadata over these tensors; int32 lengths are not copied.
+
+        max_length: host-side upper bound of `lengths`.
+        """
         rows = len(lengths)
         starts_cpu = torch.arange(rows + 1, dtype=torch.int32) * tokens_per_row
         device = self._engine.device
@@ -75,12 +78,19 @@ class StepMetadata:
             is_prefilling=torch.zeros(rows, dtype=torch.bool),
             seq_lens_cpu_upper_bound=torch.full((rows,), max_length, dtype=torch.int32),
         )
-        common = self._common(**{k: v for k, v in values.items() if k in self._fields})
+        return self._common(**{k: v for k, v in values.items() if k in self._fields})
+
+    def built(self, common: Any) -> dict[str, Any]:
+        """What the attention backend makes of it, by layer name."""
         metadata: dict[str, Any] = {}
         for group in self._engine.attention_groups:
-            built = _build(group, common, drafting=tokens_per_row == 1)
+            built = _build(group, common, drafting=common.max_query_len == 1)
             metadata.update(dict.fromkeys(group.layer_names, built))
         return metadata
+
+    def build(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """`built` of `common` of the arguments."""
+        return self.built(self.common(*args, **kwargs))
 
     @contextmanager
     def active(self, metadata: dict[str, Any], slots: torch.Tensor) -> Iterator[None]:

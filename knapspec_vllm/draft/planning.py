@@ -111,7 +111,7 @@ class Planning:
 
     def feedback(self, plan: Plan, accepted: int, drafted: int) -> None:
         """`accepted` of `drafted` (scheduled) tokens of one row were kept by verification."""
-        self._stats.accepted_tokens += accepted
+        self._stats.add_verified(accepted, drafted)
         self.acceptance.observe(plan, accepted, drafted)
 
     def _without_costs(self, max_draft_length: int) -> Choice | None:
@@ -180,7 +180,7 @@ class Planning:
         self.policy.set_frontier(frontier)
         self.policy.note_solve(solve.time_us)
         self._stats.solves += 1
-        self._stats.solve_us += solve.time_us
+        self._stats.phase_us["solve"] += solve.time_us
         logger.info(
             "KnapSpec solved %d plans in %.0f ms (%s)",
             len(estimates), solve.time_us / 1e3, self._pending.described,
@@ -193,6 +193,8 @@ class Planning:
         """Count the choice, and log it when the plan changes or drafting stops or starts."""
         if choice.draft_length == 0:
             self._stats.declined_rounds[choice.code] += 1
+        if choice.code == "measuring":  # for one round: not what was decided
+            return
         changed = choice.plan != self.last_choice.plan
         self._stats.plan_changes += changed
         if changed or not self._logged:

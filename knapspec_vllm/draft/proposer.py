@@ -45,7 +45,7 @@ class KnapSpecProposer:
         self.planning: Planning | None = None
         #: Plan and number of tokens drafted for each request in the last round.
         self._drafted: dict[str, tuple[Plan, int]] = {}
-        self._clock = RoundClock()
+        self._clock = RoundClock(self.stats)
 
     def load_model(self, target: torch.nn.Module) -> None:
         """Called by vLLM after the target's weights are loaded; refuses unknown layer kinds."""
@@ -128,42 +128,57 @@ class KnapSpecProposer:
 
         sampled_token_ids: tokens vLLM just sampled for each row, [] while a row is in prefill.
         """
+        self._clock.entered()
         self.attach(runner)
         if self.planning is None:
             self.use(None, None, lambda frontier: None)
+        assert self.planning is not None
+        assert self.engine is not None
         self._learn(runner, scheduler_output, sampled_token_ids)
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         rows = self._candidates(runner, scheduler_output, sampled_token_ids)
         if len(rows) == 0:
             self._clock.stop()
             return drafts
-        assert self.planning is not None
-        assert self.engine is not None
+        scheduled = scheduler_output.total_num_scheduled_tokens
+        self._clock.verified(self.planning, rows, scheduled, sampled_token_ids)
         table = common_attn_metadata.block_table_tensor
         batch = Batch(len(rows), rows.context_tokens)
-        self._clock.started(self.planning, rows, scheduler_output)
+        solved_us = self.stats.phase_us["solve"]
         choice = self.planning.choose(
             batch, max(rows.limits), lambda: self._references(runner, rows, table)
         )
-        start = time.perf_counter()
+        draft_us = 0.0
         if choice.plan is not None:
+            start = time.perf_counter()
             found = self._draft(choice, runner, rows.to_rows(table, self.engine.device))
+            draft_us = (time.perf_counter() - start) * 1e6
             for i, draft in zip(rows.index, found, strict=True):
                 drafts[i] = draft
-        drafting_us = (time.perf_counter() - start) * 1e6
-        self._clock.ended(
-            batch, rows, choice.plan, [len(drafts[i]) for i in rows.index], drafting_us
-        )
+        lengths = [len(drafts[i]) for i in rows.index]
+        solve_us = self.stats.phase_us["solve"] - solved_us
+        self._clock.ended(batch, rows, choice, lengths, draft_us, solve_us)
         return drafts
+
+    def snapshot(self) -> dict[str, Any]:
+        """What the planner did so far, JSON-ready: the last decision, and all counters."""
+        state: dict[str, Any] = {"stats": self.stats.as_dict()}
+        if self.planning is not None:
+            drafting = self.planning.last_drafting_choice
+            state |= {
+                "decision": self.planning.last_choice.reason,
+                "plan": None if drafting.plan is None else drafting.plan.describe(),
+                "draft_length": drafting.draft_length,
+                "predicted_speedup": drafting.predicted_speedup,
+            }
+        return state
 
     def _draft(self, choice: Choice, runner: Any, rows: DraftRows) -> list[list[int]]:
         assert choice.plan is not None
         if self._guard is not None:
             counts = runner.input_batch.block_table[0].num_blocks_per_row
             self._guard.before(rows, [int(counts[i]) for i in rows.index], choice.draft_length)
-        start = time.perf_counter()
         drafts = self.drafter.draft(choice.plan, choice.draft_length, rows)
-        self.stats.draft_us += (time.perf_counter() - start) * 1e6
         if self._guard is not None:
             self._guard.after(drafts)
         self.stats.drafting_rounds += 1

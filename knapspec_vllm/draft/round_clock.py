@@ -1,56 +1,101 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what rounds really take, for the policy's overhead estimate."""
+"""Measures what rounds really take, and holds it against what was predicted of them."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from knapspec_vllm.draft.planning import Planning
 from knapspec_vllm.draft.rows import Candidates
-from knapspec_vllm.planner.types import Batch, Plan
+from knapspec_vllm.metrics.stats import Stats
+from knapspec_vllm.planner.types import Batch, Choice
+
+
+@dataclass(frozen=True)
+class _Round:
+    """A round from the choice on; its verify step is still to come."""
+
+    batch: Batch
+    req_ids: list[str]
+    choice: Choice
+    forwards: int
+    scheduled_tokens: int
+    """If every draft is scheduled and nothing else is."""
+    draft_us: float
+    own_us: float
+    """Spent in the proposal on anything but drafting and solving."""
+    ended: float
 
 
 class RoundClock:
-    """Measures rounds: from the end of one proposal to the start of the next one.
+    """A round is a proposal and the engine's step after it, up to the next proposal.
 
     Only rounds of an unchanged set of rows without prefill count, so that neither waiting for
     requests nor prompt processing is mistaken for what a round costs.
     """
 
-    def __init__(self) -> None:
-        self._ended: float | None = None
+    def __init__(self, stats: Stats) -> None:
+        self._stats = stats
+        self._round: _Round | None = None
+        self._entered = 0.0
 
     def stop(self) -> None:
-        self._ended = None
+        self._round = None
+
+    def entered(self) -> None:
+        """The engine has called for a proposal."""
+        self._entered = time.perf_counter()
+
+    def verified(
+        self,
+        planning: Planning,
+        rows: Candidates,
+        scheduled_tokens: int,
+        sampled_token_ids: Sequence[Sequence[int]],
+    ) -> None:
+        """The step before this proposal is over: it has verified the last round's drafts."""
+        last, policy, stats = self._round, planning.policy, self._stats
+        if last is None:
+            return
+        if rows.req_ids != last.req_ids or scheduled_tokens != last.scheduled_tokens:
+            return
+        engine_us = (self._entered - last.ended) * 1e6
+        step_us = engine_us + last.own_us
+        stats.add_round(engine_us, last.own_us, last.draft_us)
+        if policy is None:
+            return
+        tokens_per_row = max(1, round(last.scheduled_tokens / last.batch.rows))
+        policy.observe_step(last.batch, tokens_per_row, step_us)
+        if last.forwards and last.choice.plan is not None:
+            policy.observe_draft(last.batch, last.choice.plan, last.forwards, last.draft_us)
+        gained = sum(len(sampled_token_ids[i]) for i in rows.index) / len(rows)
+        stats.add_prediction(
+            last.choice.predicted_speedup,
+            last.choice.round_us,
+            gained * policy.plain_us(last.batch),
+            step_us + last.draft_us,
+        )
 
     def ended(
         self,
         batch: Batch,
         rows: Candidates,
-        plan: Plan | None,
+        choice: Choice,
         draft_lengths: list[int],
-        drafting_us: float,
+        draft_us: float,
+        solve_us: float,
     ) -> None:
-        """The proposal for `rows` is done; drafting took `drafting_us`."""
-        self._batch, self._req_ids, self._plan = batch, list(rows.req_ids), plan
-        self._forwards = max(draft_lengths)
-        self._tokens = sum(draft_lengths) + len(draft_lengths)
-        self._drafting_us = drafting_us
-        self._ended = time.perf_counter()
-
-    def started(self, planning: Planning, rows: Candidates, scheduler_output: Any) -> None:
-        """The next proposal begins: the step between the two has been verified and sampled."""
-        policy = planning.policy
-        if self._ended is None or policy is None:
-            return
-        elapsed_us = (time.perf_counter() - self._ended) * 1e6 + self._drafting_us
-        if rows.req_ids != self._req_ids or (
-            scheduler_output.total_num_scheduled_tokens != self._tokens
-        ):
-            return
-        priced_us = 0.0
-        if self._plan is not None:
-            priced_us = self._forwards * policy.costs.draft_us(self._plan, self._batch)
-        tokens_per_row = max(1, round(self._tokens / self._batch.rows))
-        policy.observe_round(self._batch, tokens_per_row, elapsed_us, priced_us)
+        """The proposal for `rows` is done, after draft_us of drafting and solve_us of solving."""
+        now = time.perf_counter()
+        self._round = _Round(
+            batch=batch,
+            req_ids=list(rows.req_ids),
+            choice=choice,
+            forwards=max(draft_lengths),
+            scheduled_tokens=sum(draft_lengths) + len(draft_lengths),
+            draft_us=draft_us,
+            own_us=max(0.0, (now - self._entered) * 1e6 - draft_us - solve_us),
+            ended=now,
+        )

@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run single sublayers of a vLLM decoder model with vLLM's own modules.
+"""Run single sublayers of a vLLM decoder model with vLLM's own code.
 
 The four supported families share one block: two pre-norms, attention, MLP, and residual adds
 that are folded into the *next* norm (`h, residual = norm(delta, residual)`). An item therefore
 consists of its norm and its body, and skipping it is not calling either: the pending `delta` is
 simply added by the norm of the next item that does run.
 
-Everything goes through module calls, never through `.weight`: vLLM's CPU backend empties packed
-weights, quantised layers have no plain weight, and the tensor-parallel collectives live inside
-`o_proj`, `down_proj`, the embedding and the head. That is also why this works under TP unchanged.
+Each family's own forward runs, over parts that are cheaper to call (`parts.py`). Weights are never
+touched: vLLM's CPU backend empties packed ones, quantised layers have no plain weight, and the
+tensor-parallel collectives live inside `o_proj`, `down_proj`, the embedding and the head. That is
+also why this works under TP unchanged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+from knapspec_vllm.models import parts
 
 #: Attributes a decoder layer must have, and where a layer's attention core lives.
 _LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -29,17 +31,6 @@ AttentionCore = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tenso
 
 class UnsupportedModelError(ValueError):
     """The model's decoder layers are not of a kind that can be run item by item."""
-
-
-class _CoreShim(nn.Module):
-    """Stands in for a layer's `Attention` module while a caller's core is in use."""
-
-    def __init__(self, core: AttentionCore) -> None:
-        super().__init__()
-        self.core = core
-
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return self.core(query, key, value)
 
 
 class SublayerView:
@@ -53,7 +44,9 @@ class SublayerView:
         UnsupportedModelError: the model is not one of the supported families.
     """
 
-    def __init__(self, target: nn.Module) -> None:
+    def __init__(self, target: nn.Module, fused: bool = True) -> None:
+        """fused=False calls vLLM's modules as they are: equal to the model's own forward bit for
+        bit where that is not compiled."""
         core = getattr(target, "model", None)
         layers = getattr(core, "layers", None)
         if core is None or layers is None or not hasattr(target, "compute_logits"):
@@ -71,6 +64,14 @@ class SublayerView:
         self.target = target
         self.core: Any = core
         self.layers: list[Any] = list(layers)
+        norm = parts.norm if fused else parts.module_norm
+        self._final_norm = norm(core.norm)
+        self._norms = [
+            (norm(layer.input_layernorm), norm(layer.post_attention_layernorm))
+            for layer in self.layers
+        ]
+        self._attentions = [_attention_twin(layer.self_attn, fused) for layer in self.layers]
+        self._mlps = [_mlp_twin(layer.mlp) if fused else layer.mlp for layer in self.layers]
 
     @property
     def num_layers(self) -> int:
@@ -97,24 +98,21 @@ class SublayerView:
         forward context, or the caller's `core`. A core may return more rows than it got (several
         attention modes from one QKV pass): the output projection, and delta, then have them too.
         """
-        block = self.layers[layer]
-        hidden, residual = _norm(block.input_layernorm, delta, residual)
-        if core is None:
-            return block.self_attn(positions=positions, hidden_states=hidden), residual
-        with _swapped_core(block.self_attn, core):
-            return block.self_attn(positions=positions, hidden_states=hidden), residual
+        hidden, residual = self._norms[layer][0](delta, residual)
+        block = self._attentions[layer]
+        vars(block)["attn"] = core or self.attention_layer(layer)
+        return block.forward(positions=positions, hidden_states=hidden), residual
 
     def mlp(
         self, layer: int, delta: torch.Tensor | None, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Item 2*layer + 1 -> (delta, residual)."""
-        block = self.layers[layer]
-        hidden, residual = _norm(block.post_attention_layernorm, delta, residual)
-        return block.mlp(hidden), residual
+        hidden, residual = self._norms[layer][1](delta, residual)
+        return self._mlps[layer].forward(hidden), residual
 
     def final_hidden(self, delta: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
         """The model's output states [T, d] (after the final norm)."""
-        return _norm(self.core.norm, delta, residual)[0]
+        return self._final_norm(delta, residual)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [T, d] -> [T, V] on every tensor-parallel rank."""
@@ -125,21 +123,22 @@ class SublayerView:
         return self.layers[layer].self_attn.attn
 
 
-def _norm(
-    norm: Any, delta: torch.Tensor | None, residual: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if delta is None:
-        return norm(residual), residual
-    return norm(delta, residual)
+def _attention_twin(attention: Any, fused: bool) -> Any:
+    """Every core is put into a twin: the model's own attention module stays as it is."""
+    if not fused:
+        return parts.twin(attention)
+    exchanged = {"qkv_proj": parts.linear, "rotary_emb": parts.rotary, "o_proj": parts.linear}
+    for name in ("q_norm", "k_norm"):
+        if hasattr(attention, name):
+            exchanged[name] = parts.head_norm
+    return parts.twin(
+        attention, **{name: part(getattr(attention, name)) for name, part in exchanged.items()}
+    )
 
 
-@contextmanager
-def _swapped_core(self_attn: nn.Module, core: AttentionCore) -> Iterator[None]:
-    # Swapping the submodule reuses each family's own QKV, q/k-norm, rotary and scaling code instead
-    # of copying four of them; the worker runs one thread, and the swap ends with the call.
-    original = self_attn._modules["attn"]
-    self_attn._modules["attn"] = _CoreShim(core)
-    try:
-        yield
-    finally:
-        self_attn._modules["attn"] = original
+def _mlp_twin(mlp: Any) -> Any:
+    """An MLP of another make stays the module it is."""
+    names = {"gate_up_proj": parts.linear, "act_fn": parts.activation, "down_proj": parts.linear}
+    if not all(hasattr(mlp, name) for name in names):
+        return mlp
+    return parts.twin(mlp, **{name: part(getattr(mlp, name)) for name, part in names.items()})

@@ -66,7 +66,7 @@ def plan_tpt(
     counts: torch.Tensor,
     alphas: torch.Tensor,
     lengths: torch.Tensor,
-    overheads: torch.Tensor,
+    corrections: torch.Tensor,
     thresholds: torch.Tensor,
     current: torch.Tensor,
     *,
@@ -77,7 +77,8 @@ def plan_tpt(
 
     counts [P, 3] float32: items a plan runs (attention FULL, attention WINDOW, MLP); alphas [2, P]
     float32: acceptance, mean and cautious; lengths [B] int: context of each drafting row, 0 for
-    padding; overheads [2] float32: microseconds a plain and a speculative round cost on top;
+    padding; corrections [4] float32: factors of plain steps, verify steps and drafts, and the
+    microseconds a speculative round costs on top;
     thresholds [3] float32: hysteresis, speedup to start at, speedup to stay at; current [2] int32:
     plan (-1: none) and draft length of the last round.
 
@@ -88,7 +89,7 @@ def plan_tpt(
     check("counts", counts, (plans, 3))
     check("alphas", alphas, (2, plans))
     for name, tensor, size in (
-        ("overheads", overheads, 2),
+        ("corrections", corrections, 4),
         ("thresholds", thresholds, 3),
         ("current", current, 2),
     ):
@@ -100,7 +101,7 @@ def plan_tpt(
         counts,
         alphas,
         lengths,
-        overheads,
+        corrections,
         thresholds,
         current,
         max_draft_length=max_draft_length,

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decision of `policy.Policy` taken on the device, from context lengths that are already there.
 
-The host never waits for the batch: it passes on what it learns (frontier, acceptance, overhead)
+The host never waits for the batch: it passes on what it learns (frontier, acceptance, corrections)
 when that changes, and the choice stays on the device until someone reads it. The numbers are
 float32 here and float64 in `Policy`, so choices may differ where two speedups are equal to 1e-6;
 and a table is computed for the exact context, where `Policy` shares one among contexts within 6%.
+Which rounds measure plain decoding instead of drafting is for the caller to say.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class DeviceChooser:
         if config.always_draft or config.draft_length is not None:
             limits = [-math.inf, -math.inf]  # not even a doubtful choice is declined
         self._thresholds = self._upload([config.hysteresis, *limits])
-        self._overheads = self._upload([0.0, config.round_overhead_us or 0.0])
+        self._round_us = config.round_overhead_us or 0.0
+        self._corrections = self._upload([1.0, 1.0, 1.0, self._round_us])
         # [2] int32: choice of the last round
         self._current = ops.to_device([-1, 0], torch.int32, self._device)
         plans = [Plan.parse(config.plan, costs.num_layers)] if self._forced else []
@@ -76,9 +78,9 @@ class DeviceChooser:
         values += [acceptance.lower(plan) for plan in self._plans]
         self._alphas.copy_(self._upload(values).reshape(2, -1))
 
-    def set_overheads(self, plain_us: float, speculative_us: float) -> None:
-        """Passes on what a round costs beyond the model, see overhead.RoundOverhead."""
-        self._overheads.copy_(self._upload([plain_us, speculative_us]))
+    def set_corrections(self, plain: float, verify: float, draft: float) -> None:
+        """Passes on the factors of the batch's kind, see corrections.Corrections."""
+        self._corrections.copy_(self._upload([plain, verify, draft, self._round_us]))
 
     def choose(
         self,
@@ -99,7 +101,7 @@ class DeviceChooser:
             self._counts,
             self._alphas,
             lengths,
-            self._overheads,
+            self._corrections,
             self._thresholds,
             self._current,
             max_draft_length=max(max_draft_length, 0),

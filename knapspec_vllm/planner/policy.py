@@ -4,17 +4,19 @@
 Evaluates the speedup of every plan for every draft length for the current batch. Speculation
 starts above `min_speedup`, and only if it would not lose at the lower end of what acceptance may
 be; it stops half-way between that and 1. The current plan and draft length stay unless another is
-better by `hysteresis`. Pure Python on plain numbers.
+better by `hysteresis`. What plain decoding takes is measured too, in rounds that do not draft: a
+speedup is worth no more than what it is a multiple of. Pure Python on plain numbers.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.planner.acceptance import AcceptanceModel
+from knapspec_vllm.planner.corrections import Corrections
 from knapspec_vllm.planner.costs import CostModel
-from knapspec_vllm.planner.overhead import RoundOverhead
 from knapspec_vllm.planner.resolve import ResolveRule
 from knapspec_vllm.planner.selection import smoothed_hits
 from knapspec_vllm.planner.speedups import Rates, SpeedupTable
@@ -23,6 +25,9 @@ from knapspec_vllm.planner.types import Batch, Choice, Frontier, Plan, PlanEstim
 _CONTEXT_BUCKET = math.log(1.06)
 """Batches whose context lies within 6% share an evaluation."""
 _CACHE_ENTRIES = 256
+_FIRST_PLAIN, _PLAIN_EVERY = 4, 256
+"""Plain rounds to measure before a kind of batch speculates, then one in so many. It costs about
+half a step, as much as 0.1% of the rounds between them."""
 
 
 class Policy:
@@ -48,17 +53,18 @@ class Policy:
         self._costs = costs
         self._acceptance = acceptance
         self._max_draft_length = num_speculative_tokens
-        self._overhead = RoundOverhead(config.round_overhead_us)
+        self._corrections = Corrections(enabled=config.round_overhead_us is None)
         self._resolve = ResolveRule(config, costs)
         self._frontier: Frontier | None = None
         self._tables: dict[tuple[int, int, int], SpeedupTable] = {}
         self._ceilings: dict[tuple[int, int], float] = {}
         self._version = (-1, -1)
-        """Of acceptance and overhead, when the caches were filled."""
+        """Of acceptance and corrections, when the caches were filled."""
         self._current: tuple[Plan, int] | None = None
         self._speculating = False
-        self._last = _decline("no plan", "no round yet")
+        self._last = Choice(None, 0, 1.0, "no round yet", "no plan")
         self._declined_rounds = 0
+        self._since_plain = 0
         self._forced = config.plan != "auto"
         if self._forced:
             plan = Plan.parse(config.plan, num_layers)
@@ -82,16 +88,18 @@ class Policy:
 
     def choose(self, batch: Batch, max_draft_length: int) -> Choice:
         """What to do this round; max_draft_length: what the batch has room for."""
-        choice, round_us = self._decide(batch, max_draft_length)
+        choice = self._decide(batch, max_draft_length)
         self._speculating = choice.plan is not None
         self._current = None if choice.plan is None else (choice.plan, choice.draft_length)
         self._last = choice
-        self._resolve.note_round(self._speculating, round_us)
+        self._resolve.note_round(self._speculating, choice.round_us)
         self._declined_rounds = 0 if self._speculating else self._declined_rounds + 1
         if self._declined_rounds >= self._config.resolve_rounds:
             # Nothing is learned while declining, and traffic changes: doubt what was learned.
             self._declined_rounds = 0
             self._acceptance.forget()
+        if self._speculating and self._plain_is_due(batch):
+            return self._decline(batch, "measuring", "a round to measure plain decoding")
         return choice
 
     def explain(self, batch: Batch) -> list[tuple[Plan, int, float, float]]:
@@ -108,16 +116,20 @@ class Policy:
             found.append((estimate.plan, table.rates.lengths[column], alpha, row[column]))
         return sorted(found, key=lambda entry: -entry[3])
 
-    def observe_round(
-        self, batch: Batch, tokens_per_row: int, time_us: float, draft_us: float
-    ) -> None:
-        """Learns what a round costs beyond the model.
+    def observe_step(self, batch: Batch, tokens_per_row: int, time_us: float) -> None:
+        """Learns what a round without its drafting took; tokens_per_row > 1: it verified."""
+        part: Literal["plain", "verify"] = "verify" if tokens_per_row > 1 else "plain"
+        predicted_us = self._costs.step_us(batch, tokens_per_row)
+        self._corrections.observe(part, batch, predicted_us, time_us)
 
-        time_us: the whole round. draft_us: the drafting in it as the cost model prices it, so that
-        the model's error counts as overhead too. Speculative when tokens_per_row > 1 or it drafted.
-        """
-        predicted_us = self._costs.step_us(batch, tokens_per_row) + draft_us
-        self._overhead.observe(tokens_per_row > 1 or draft_us > 0, predicted_us, time_us)
+    def observe_draft(self, batch: Batch, plan: Plan, forwards: int, time_us: float) -> None:
+        """Learns what the drafting of a round took."""
+        predicted_us = forwards * self._costs.draft_us(plan, batch)
+        self._corrections.observe("draft", batch, predicted_us, time_us)
+
+    def plain_us(self, batch: Batch) -> float:
+        """A plain decode step of the batch as rounds have shown it to be, microseconds."""
+        return self._corrections.factor("plain", batch) * self._costs.step_us(batch, 1)
 
     def resolve_reason(self, batch: Batch, reference_ready: bool) -> str | None:
         """Why to solve now: "first", "drift", "range" or "age"; None: do not.
@@ -157,28 +169,47 @@ class Policy:
             return (forced,) if forced > 0 else ()
         return tuple(range(1, longest + 1))
 
-    def _decide(self, batch: Batch, max_draft_length: int) -> tuple[Choice, float]:
-        """The choice and its predicted round time, microseconds."""
+    def _plain_is_due(self, batch: Batch) -> bool:
+        """Whether this round should show what plain decoding takes, instead of drafting."""
+        config = self._config
+        if config.always_draft or config.draft_length is not None or not self._corrections.enabled:
+            return False
+        self._since_plain += 1
+        due = (
+            self._corrections.count("plain", batch) < _FIRST_PLAIN
+            or self._since_plain >= _PLAIN_EVERY
+        )
+        if due:
+            self._since_plain = 0
+        return due
+
+    def _decide(self, batch: Batch, max_draft_length: int) -> Choice:
         lengths = self._lengths(max_draft_length)
-        plain_us = self._costs.step_us(batch, 1)
         if self._config.draft_length == 0:
-            return _decline("set to zero", "draft_length is set to 0"), plain_us
+            return self._decline(batch, "set to zero", "draft_length is set to 0")
         if not lengths:
-            return _decline("no room", "no room for a draft in this batch"), plain_us
+            return self._decline(batch, "no room", "no room for a draft in this batch")
         if self._frontier is None:
-            return _decline("no plan", "no plan yet: the solver has not run"), plain_us
+            return self._decline(batch, "no plan", "no plan yet: the solver has not run")
         if not self._frontier.estimates:
-            return _decline("no plan", "the solver found no plan"), plain_us
+            return self._decline(batch, "no plan", "the solver found no plan")
         table = self._table(batch, lengths)
         index, column = self._with_hysteresis(table)
         speedup = table.speedups[index][column]
         length = table.rates.lengths[column]
         facts = f"acceptance {table.alphas[index]:.2f} at {table.saved[index]:.0%} saved"
         if reason := self._decline_reason(table, index, column):
-            return _decline("no gain", f"{reason}: {facts}"), plain_us
-        plan = self._frontier.estimates[index].plan
-        round_us = length * table.draft_us[index] + self._costs.step_us(batch, 1 + length)
-        return Choice(plan, length, speedup, f"predicted speedup {speedup:.2f}: {facts}"), round_us
+            return self._decline(batch, "no gain", f"{reason}: {facts}")
+        return Choice(
+            self._frontier.estimates[index].plan,
+            length,
+            speedup,
+            f"predicted speedup {speedup:.2f}: {facts}",
+            round_us=length * table.draft_us[index] + table.rates.verify_us[column],
+        )
+
+    def _decline(self, batch: Batch, code: str, reason: str) -> Choice:
+        return Choice(None, 0, 1.0, reason, code, self.plain_us(batch))
 
     def _with_hysteresis(self, table: SpeedupTable) -> tuple[int, int]:
         assert self._frontier is not None
@@ -222,7 +253,7 @@ class Policy:
         return table
 
     def _renew_caches(self) -> None:
-        version = (self._acceptance.version, self._overhead.version)
+        version = (self._acceptance.version, self._corrections.version)
         if version != self._version or len(self._tables) + len(self._ceilings) >= _CACHE_ENTRIES:
             self._tables.clear()
             self._ceilings.clear()
@@ -250,14 +281,12 @@ class Policy:
             batch,
             lengths,
             paper=self._config.objective == "paper",
-            plain_extra_us=self._overhead.plain_us(),
-            round_us=self._overhead.speculative_us(),
+            plain=self._corrections.factor("plain", batch),
+            verify=self._corrections.factor("verify", batch),
+            draft=self._corrections.factor("draft", batch),
+            round_us=self._config.round_overhead_us or 0.0,
         )
 
 
 def _context_bucket(batch: Batch) -> int:
     return int(math.log1p(batch.context_tokens) / _CONTEXT_BUCKET)
-
-
-def _decline(code: str, reason: str) -> Choice:
-    return Choice(None, 0, 1.0, reason, code)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from knapspec_vllm.planner.costs import CostModel, DraftPrices
 from knapspec_vllm.planner.objective import expected_tokens
-from knapspec_vllm.planner.overhead import with_overhead
 from knapspec_vllm.planner.types import Batch, Plan
 
 
@@ -24,7 +23,9 @@ class Rates:
     verify_us: tuple[float, ...]
     """Target step of each length, round overhead included."""
     paper: bool
-    """The published objective: no fixed part, no overhead, verify costs one step."""
+    """The published objective: no fixed part, no corrections, verify costs one step."""
+    draft: float = 1.0
+    """What a draft forward takes over what the curves say."""
 
     @classmethod
     def of(
@@ -34,21 +35,26 @@ class Rates:
         lengths: tuple[int, ...],
         *,
         paper: bool = False,
-        plain_extra_us: float = 0.0,
+        plain: float = 1.0,
+        verify: float = 1.0,
+        draft: float = 1.0,
         round_us: float = 0.0,
     ) -> Rates:
-        """plain_extra_us, round_us: overhead of a round without and with drafts."""
+        """plain, verify, draft: corrections of the parts of a round, see corrections.py.
+
+        round_us: what a speculative round costs on top.
+        """
         prices = costs.prices(batch)
         if paper:
             target_us = prices.target_items_us
             return cls(lengths, prices, target_us, (target_us,) * len(lengths), paper)
-        plain_us = with_overhead(costs.step_us(batch, 1), plain_extra_us)
-        verify_us = tuple(with_overhead(costs.step_us(batch, 1 + n), round_us) for n in lengths)
-        return cls(lengths, prices, plain_us, verify_us, paper)
+        plain_us = plain * costs.step_us(batch, 1)
+        verify_us = tuple(verify * costs.step_us(batch, 1 + n) + round_us for n in lengths)
+        return cls(lengths, prices, plain_us, verify_us, paper, draft)
 
     def draft_us(self, items_us: float) -> float:
         """A draft forward whose items cost items_us."""
-        return items_us if self.paper else self.prices.fixed_us + items_us
+        return items_us if self.paper else self.draft * (self.prices.fixed_us + items_us)
 
     def row(self, alpha: float, draft_us: float) -> tuple[float, ...]:
         """Speedup of each length: TPT times the time of a plain step.

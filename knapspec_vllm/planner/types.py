@@ -215,6 +215,8 @@ class Choice:
     """For people: numbers and all."""
     code: str = ""
     """For counters, few values: why nothing is drafted; empty when something is."""
+    round_us: float = 0.0
+    """Predicted time of the round; 0 when there are no cost curves."""
 
     def __post_init__(self) -> None:
         if (self.plan is None) != (self.draft_length == 0) or self.draft_length < 0:

@@ -48,7 +48,7 @@ def test_planted_items_are_found(expanded_path: Path, smollm2_path: Path, tmp_pa
     )
     print(
         f"{plan.describe()}: {found:.0%} of the planted, {lost:.0%} of the original items skipped; "
-        f"{stats.solves} solves, {stats.solve_us / 1e6:.2f} s; "
+        f"{stats.solves} solves, {stats.phase_us['solve'] / 1e6:.2f} s; "
         f"accepted {stats.accepted_tokens} of {stats.draft_tokens}"
     )
     assert found >= 0.9

@@ -34,7 +34,7 @@ class Case:
     mean: list[float]
     lower: list[float]
     lengths: list[int]
-    overheads: tuple[float, float] = (0.0, 0.0)
+    corrections: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 0.0)
     thresholds: tuple[float, float, float] = (0.03, ALWAYS, ALWAYS)
     current: tuple[int, int] = (-1, 0)
     longest: int = 8
@@ -43,7 +43,7 @@ class Case:
     length_dtype: torch.dtype = torch.int32
 
     def tensors(self, device):
-        """[counts, alphas, lengths, overheads, thresholds, current]."""
+        """[counts, alphas, lengths, corrections, thresholds, current]."""
 
         def floats(values, *shape):
             return torch.tensor(values, dtype=torch.float32, device=device).reshape(shape)
@@ -53,7 +53,7 @@ class Case:
             floats(self.counts, plans, 3),
             floats([self.mean, self.lower], 2, plans),
             torch.tensor(self.lengths, dtype=self.length_dtype, device=device),
-            floats(self.overheads, 2),
+            floats(self.corrections, 4),
             floats(self.thresholds, 3),
             torch.tensor(self.current, dtype=torch.int32, device=device),
         ]
@@ -70,15 +70,19 @@ def naive_table(case, alphas):
     items = [case.costs.item_us("attention", mode, batch) for mode in (Mode.FULL, Mode.WINDOW)]
     items.append(case.costs.item_us("mlp", Mode.FULL, batch))
     fixed_us, plain_us = case.costs.fixed_us(batch), case.costs.step_us(batch, 1)
-    plain_us = max(plain_us + case.overheads[0], 0.5 * plain_us)
     steps_us = [case.costs.step_us(batch, 2 + n) for n in range(case.longest)]
-    steps_us = [max(time_us + case.overheads[1], 0.5 * time_us) for time_us in steps_us]
+    plain, verify, draft, round_us = case.corrections
     if case.paper:
+        plain = verify = draft = 1.0
+        round_us = 0.0
         fixed_us, plain_us = 0.0, case.costs.num_layers * (items[0] + items[2])
         steps_us = [plain_us] * case.longest
+    plain_us *= plain
+    steps_us = [verify * time_us + round_us for time_us in steps_us]
     table = []
     for counts, alpha in zip(case.counts, alphas, strict=True):
-        draft_us = fixed_us + sum(count * us for count, us in zip(counts, items, strict=True))
+        items_us = sum(count * us for count, us in zip(counts, items, strict=True))
+        draft_us = draft * (fixed_us + items_us)
         tokens = [sum(alpha**power for power in range(n + 2)) for n in range(case.longest)]
         times_us = [(n + 1) * draft_us + steps_us[n] for n in range(case.longest)]
         table.append([plain_us * n / us for n, us in zip(tokens, times_us, strict=True)])
@@ -156,7 +160,7 @@ def random_case(rng, plans, rows, longest):
         mean=mean,
         lower=[value * rng.uniform(0.7, 1.0) for value in mean],
         lengths=[rng.choice([0, rng.randint(1, 4000)]) for _ in range(rows)],
-        overheads=(rng.uniform(-5000, 50), rng.uniform(-5000, 200)),
+        corrections=(*(rng.uniform(0.7, 1.5) for _ in range(3)), rng.uniform(0, 200)),
         thresholds=(rng.choice([0.0, 0.03, 0.3]), rng.uniform(0.9, 1.6), rng.uniform(0.9, 1.3)),
         current=rng.choice([(-1, 0), (rng.randrange(plans), rng.randint(1, longest)), (-1, 3)]),
         longest=longest,

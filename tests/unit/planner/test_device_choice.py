@@ -44,6 +44,7 @@ class Pair:
         self.acceptance = AcceptanceModel(self.config.prior_weight, self.config.feedback_half_life)
         layers = model.num_layers
         self.policy = Policy(self.config, model, self.acceptance, MOST, layers)
+        self.policy._plain_is_due = lambda batch: False  # the caller's business, see DeviceChooser
         self.chooser = DeviceChooser(model, self.config, DEVICE)
         self.rounds = self.ties = self.drafted = self.declined = 0
 
@@ -51,15 +52,22 @@ class Pair:
         self.policy.set_frontier(found)
         self.chooser.set_frontier(found, self.acceptance)
 
-    def observe_round(self, batch, tokens_per_row, time_us, draft_us):
-        self.policy.observe_round(batch, tokens_per_row, time_us, draft_us)
-        overhead = self.policy._overhead
-        self.chooser.set_overheads(overhead.plain_us(), overhead.speculative_us())
+    def observe_round(self, batch, plan, length, slower):
+        """A round that took `slower` times what the cost model says."""
+        costs = self.policy.costs
+        step_us = costs.step_us(batch, 1 + length)
+        self.policy.observe_step(batch, 1 + length, slower * step_us)
+        if plan is not None:
+            draft_us = length * costs.draft_us(plan, batch)
+            self.policy.observe_draft(batch, plan, length, slower**0.5 * draft_us)
 
     def choose(self, lengths, max_draft_length=MOST):
         """The choice of both: (plan or None, draft length)."""
         self.chooser.set_acceptance(self.acceptance)
-        batch = Batch(sum(n > 0 for n in lengths), sum(lengths))
+        batch = Batch(max(sum(n > 0 for n in lengths), 1), sum(lengths))
+        corrections = self.policy._corrections
+        parts = ("plain", "verify", "draft")
+        self.chooser.set_corrections(*(corrections.factor(part, batch) for part in parts))
         self.policy._tables.clear()  # else a batch whose context is within 6% may be priced for it
         tie = self._near_tie(batch, max_draft_length)
         found = self.chooser.choose(torch.tensor(lengths, device=DEVICE), max_draft_length)
@@ -176,9 +184,7 @@ def test_random_histories(settings, implementation):
                 lengths = random_lengths(rng)
             plan, length = pair.choose(lengths, rng.choice([MOST, MOST, 4, 2, 1, 0]))
             batch = Batch(sum(n > 0 for n in lengths), sum(lengths))
-            predicted_us = pair.policy.costs.step_us(batch, 1 + length) + length * 100.0
-            time_us = predicted_us * rng.uniform(1.0, 1.3)
-            pair.observe_round(batch, 1 + length, time_us, length * 100.0)
+            pair.observe_round(batch, plan, length, rng.uniform(0.8, 1.3))
             if plan is not None:
                 pair.acceptance.observe(plan, rng.randint(0, length), length)
         rounds, ties = rounds + pair.rounds, ties + pair.ties

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much longer rounds really take than the cost curves say, learned from rounds.
+
+The curves were measured before serving, component by component, at a few batch shapes. Rounds also
+schedule, sample, keep books and run with caches that other work has used. So the three parts of a
+round are corrected by a factor each: plain steps, verify steps and draft forwards. Apart, because a
+predicted speedup is a quotient of them: an error that all share cancels, one that they do not share
+is the speedup's error. Per kind of batch, because a factor learned on large batches says little
+about a small one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from knapspec_vllm.planner.types import Batch
+
+Part = Literal["plain", "verify", "draft"]
+
+_RATE = 1.0 / 32.0
+"""Weight of the newest round in the moving average, once there are that many."""
+_CLIP = 2.0
+"""A round further off than this factor (a compile, a pause) counts as this."""
+_VERSION_STEP = 0.005
+"""A move of a factor by this much is worth choosing again."""
+_CONTEXT_BUCKET = math.log(2.0)
+
+
+@dataclass
+class _Mean:
+    log_factor: float = 0.0
+    count: int = 0
+    published: float = math.inf
+
+
+class Corrections:
+    """Measured over predicted time of each part, as moving geometric means."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        """enabled=False: learn nothing, every factor is 1."""
+        self.enabled = enabled
+        self._means: dict[tuple[Part, tuple[int, int] | None], _Mean] = {}
+        self.version = 0
+        """Grows whenever a factor has moved materially."""
+
+    def observe(self, part: Part, batch: Batch, predicted_us: float, time_us: float) -> None:
+        """One round's part. predicted_us: as the cost model prices it, uncorrected."""
+        if not self.enabled or predicted_us <= 0 or time_us <= 0:
+            return
+        log_factor = math.log(min(max(time_us / predicted_us, 1.0 / _CLIP), _CLIP))
+        for bucket in (_bucket(batch), None):
+            mean = self._means.setdefault((part, bucket), _Mean())
+            mean.count += 1
+            mean.log_factor += max(_RATE, 1.0 / mean.count) * (log_factor - mean.log_factor)
+            if abs(mean.log_factor - mean.published) >= _VERSION_STEP:
+                mean.published = mean.log_factor
+                self.version += 1
+
+    def factor(self, part: Part, batch: Batch) -> float:
+        """For this kind of batch, else over all batches. Verify steps that nobody has seen are
+        taken to be off as much as plain ones."""
+        for bucket in (_bucket(batch), None):
+            mean = self._means.get((part, bucket))
+            if mean is not None:
+                return math.exp(mean.log_factor)
+        return self.factor("plain", batch) if part == "verify" else 1.0
+
+    def count(self, part: Part, batch: Batch) -> int:
+        """Rounds of this kind of batch that were observed."""
+        mean = self._means.get((part, _bucket(batch)))
+        return 0 if mean is None else mean.count
+
+
+def _bucket(batch: Batch) -> tuple[int, int]:
+    """Batches of the same number of rows (powers of two) and context, each within a factor of 2."""
+    context_per_row = batch.context_tokens / batch.rows
+    return batch.rows.bit_length(), int(math.log1p(context_per_row) / _CONTEXT_BUCKET)
