@@ -27,6 +27,10 @@ class KnapSpecConfig:
     """What a plan is chosen for. ``throughput``: tokens per time of the whole batch with every
     measured cost. ``paper``: the published single-request objective, for comparison."""
 
+    strategy: Literal["knapspec", "self_sd", "swift", "clasp", "del"] = "knapspec"
+    """Who finds the plans to choose from. ``knapspec``: the solver. The others are the planners of
+    published methods, there to be compared with; see ``knapspec bench``."""
+
     plan: str = "auto"
     """``auto`` lets the planner choose; any other text is a plan such as
     ``"skip attn:3,7-9 mlp:5; window attn:*"`` and forces it."""

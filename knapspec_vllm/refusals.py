@@ -156,6 +156,16 @@ def _plan(vllm_config: Any, settings: KnapSpecConfig) -> str | None:
     return None
 
 
+def _strategy(vllm_config: Any, settings: KnapSpecConfig) -> str | None:
+    ranks = _get(vllm_config, "parallel_config.tensor_parallel_size", 1)
+    if settings.strategy == "knapspec" or ranks == 1:
+        return None
+    return (
+        f"strategy '{settings.strategy}' searches on every rank by itself, and "
+        f"--tensor-parallel-size is {ranks}; remove the setting or write 'knapspec'."
+    )
+
+
 def _architecture(vllm_config: Any, settings: KnapSpecConfig) -> str | None:
     from knapspec_vllm.models import SUPPORTED_ARCHITECTURES
 
@@ -280,4 +290,5 @@ AFTER: tuple[Rule, ...] = (
         "--kv-sharing-fast-prefill is not supported; remove it.",
     ),
     _plan,
+    _strategy,
 )

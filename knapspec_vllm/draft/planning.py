@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,20 +17,35 @@ from knapspec_vllm.draft.branches import References, VllmBranches
 from knapspec_vllm.draft.engine import Engine
 from knapspec_vllm.draft.windows import WindowGeometry
 from knapspec_vllm.metrics.stats import Stats
+from knapspec_vllm.planner import baselines
 from knapspec_vllm.planner.acceptance import AcceptanceModel
 from knapspec_vllm.planner.costs import CostModel
 from knapspec_vllm.planner.policy import Policy
 from knapspec_vllm.planner.solver import ItemWeights, PendingSolve, SolverSettings, start_solve
-from knapspec_vllm.planner.types import Batch, Choice, Frontier, Mode, Plan
+from knapspec_vllm.planner.types import Batch, Choice, Frontier, Mode, Plan, PlanEstimate
 
 logger = logging.getLogger("vllm.knapspec")
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """What a strategy found; it has waited for the device itself."""
+
+    estimates: tuple[PlanEstimate, ...]
+    time_us: float
+
+    def ready(self) -> bool:
+        return True
+
+    def result(self) -> tuple[PlanEstimate, ...]:
+        return self.estimates
 
 
 @dataclass(frozen=True)
 class _Pending:
     """A solve that has not come back, and what it was for."""
 
-    solve: PendingSolve
+    solve: PendingSolve | _Solved
     batch: Batch
     described: str
 
@@ -74,8 +90,18 @@ class Planning:
         self.last_choice = Choice(None, 0, 1.0, "no round yet")
         self.last_drafting_choice = self.last_choice
         self._logged = False
+        self._strategy = None if config.strategy == "knapspec" else baselines.make(config.strategy)
+        self._since_solve: int | None = None
+        """Rounds since a strategy's last solve."""
         self._solve_requested = False
         self._pending: _Pending | None = None
+
+    @property
+    def reference_tokens(self) -> int:
+        """How many committed tokens, over all rows, plans are judged on."""
+        if self._strategy is not None:
+            return self._strategy.reference_tokens
+        return self._config.reference_tokens * self._config.reference_rows
 
     def choose(
         self,
@@ -131,7 +157,7 @@ class Planning:
             return
         reason = "requested" if self._solve_requested else None
         if reason is None and self._agreement.leads:
-            reason = self.policy.resolve_reason(batch, True)
+            reason = self._resolve_reason(batch)
         reason = self._agreement.share(reason)
         if reason is None:
             return
@@ -139,6 +165,16 @@ class Planning:
         if found is not None:
             self._solve_requested = False
             self._start_solve(batch, found, reason)
+
+    def _resolve_reason(self, batch: Batch) -> str | None:
+        assert self.policy is not None
+        if self._strategy is None:
+            return self.policy.resolve_reason(batch, True)
+        if self._since_solve is None:
+            return "first"
+        self._since_solve += 1
+        every = self._strategy.resolve_every
+        return "age" if every is not None and self._since_solve >= every else None
 
     def _start_solve(self, batch: Batch, references: References, reason: str) -> None:
         assert self.policy is not None
@@ -148,6 +184,7 @@ class Planning:
                 attention_full_us=costs.item_us("attention", Mode.FULL, batch),
                 attention_window_us=costs.item_us("attention", Mode.WINDOW, batch),
                 mlp_us=costs.item_us("mlp", Mode.FULL, batch),
+                fixed_us=costs.fixed_us(batch),
             )
         )
         settings = SolverSettings(
@@ -161,7 +198,14 @@ class Planning:
         )
         with torch.inference_mode():
             runner = VllmBranches(self._engine, self._geometry, references)
-            pending = start_solve(runner, weights, settings)
+            pending: PendingSolve | _Solved
+            if self._strategy is None:
+                pending = start_solve(runner, weights, settings)
+            else:
+                self._since_solve = 0
+                started = time.perf_counter()
+                found = self._strategy.solve(runner, weights, settings)
+                pending = _Solved(found, (time.perf_counter() - started) * 1e6)
         context = f"{reason}; batch {batch.rows}, context {batch.context_tokens}"
         self._pending = _Pending(
             pending, batch, f"{context}, {len(references.tokens)} reference tokens"

@@ -253,7 +253,8 @@ class KnapSpecProposer:
         order = order[: config.reference_rows]
         if not order or not engine.paged_kv:
             return None
-        share = config.reference_tokens * config.reference_rows // len(order)
+        assert self.planning is not None
+        share = self.planning.reference_tokens // len(order)
         count = min(share, rows.positions[order[-1]] + 1)
         starts = [rows.positions[i] + 1 - count for i in order]
         where = [rows.index[i] for i in order]

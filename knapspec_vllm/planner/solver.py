@@ -75,6 +75,8 @@ class ItemWeights:
     attention_full_us: float
     attention_window_us: float
     mlp_us: float
+    fixed_us: float = 0.0
+    """Of a draft forward, besides its items; what a plan saves does not depend on it."""
 
 
 @dataclass

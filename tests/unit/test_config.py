@@ -49,7 +49,7 @@ def test_round_trip_keeps_only_what_differs() -> None:
     [
         ({"window_token": 1}, "did you mean 'window_tokens'?"),
         ({"keep_first_layer": 1}, "did you mean 'keep_first_layers'?"),
-        ({"qqqq": 1}, "known settings are: objective, plan"),
+        ({"qqqq": 1}, "known settings are: objective, strategy, plan"),
         ({"objective": "speed"}, "'objective' is 'speed'; write 'throughput' or 'paper'"),
         ({"bins": 1}, "'bins' is 1; write a number of 2 or more"),
         ({"bins": 2.5}, "'bins' is 2.5; write a whole number"),

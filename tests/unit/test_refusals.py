@@ -137,7 +137,16 @@ def test_every_rule_has_been_seen_refusing() -> None:
     """One row of the table above per rule, besides the three that need other input."""
     (marker,) = (m for m in test_refused.pytestmark if m.name == "parametrize")
     paths = {row[0] for row in marker.args[1]}
-    assert len(paths) >= len(refusals.AFTER) - 1  # all but `plan`
+    assert len(paths) >= len(refusals.AFTER) - 2  # all but `plan` and `strategy`
+
+
+def test_published_planners_are_refused_on_several_ranks(tmp_path: Path) -> None:
+    config = build(write_model(tmp_path), {"strategy": "swift"})
+    assert refusals.found(config) == []
+    changed = overlaid(config, "parallel_config.tensor_parallel_size", 2)
+    (sentence,) = refusals.found(changed)
+    assert "strategy 'swift'" in sentence
+    assert "--tensor-parallel-size is 2" in sentence
 
 
 @pytest.mark.parametrize(
