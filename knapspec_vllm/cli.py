@@ -7,9 +7,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from knapspec_vllm import __version__
+from knapspec_vllm.bench import options
+from knapspec_vllm.bench.options import json_object, positive
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,27 +54,38 @@ def _parser() -> argparse.ArgumentParser:
         "solves for plans on real text of every batch and context length, prints the frontier.",
     )
     plan.add_argument("model", help="model path or hub id")
-    plan.add_argument("--batch", type=_positive, nargs="+", default=[1], metavar="ROWS")
+    plan.add_argument("--batch", type=positive, nargs="+", default=[1], metavar="ROWS")
     plan.add_argument(
-        "--context", type=_positive, nargs="+", default=[256, 2048], metavar="TOKENS",
+        "--context", type=positive, nargs="+", default=[256, 2048], metavar="TOKENS",
         help="context length of each row",
     )  # fmt: skip
-    plan.add_argument("--num-speculative-tokens", type=_positive, default=8, metavar="N")
+    plan.add_argument("--num-speculative-tokens", type=positive, default=8, metavar="N")
     plan.add_argument(
-        "--settings", type=_json_object, default={}, metavar="JSON",
+        "--settings", type=json_object, default={}, metavar="JSON",
         help='KnapSpec settings, as in --additional-config \'{"knapspec": JSON}\'',
     )  # fmt: skip
-    plan.add_argument("--most", type=_positive, default=8, help="plans shown of each frontier")
+    plan.add_argument("--most", type=positive, default=8, help="plans shown of each frontier")
     plan.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw the best plans")
     plan.add_argument("--json", action="store_true", help="machine-readable output")
     _add_engine_args(plan)
     plan.set_defaults(run=_plan)
+
+    bench = commands.add_parser(
+        "bench",
+        help="KnapSpec and other methods against plain vLLM, measured",
+        description=options.DESCRIPTION,
+        epilog=options.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_arguments(bench)
+    _add_engine_args(bench)
+    bench.set_defaults(run=_bench)
     return parser
 
 
 def _add_engine_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--engine-args", type=_json_object, default={}, metavar="JSON",
+        "--engine-args", type=json_object, default={}, metavar="JSON",
         help='vLLM engine arguments, for example \'{"dtype": "float32", "enforce_eager": true}\'',
     )  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -115,23 +127,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+def _bench(arguments: argparse.Namespace) -> int:
+    from knapspec_vllm.bench.command import run
 
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(
-            f"a JSON object such as '{{\"key\": 1}}' is needed: {text}"
-        )
-    return value
+    return run(arguments)
 
 
 def _first_words(error: BaseException) -> str:

@@ -9,16 +9,13 @@ a time; they run together where memory allows, else one after another.
 from __future__ import annotations
 
 import argparse
-import functools
 import os
-import re
-import shutil
-import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from knapspec_vllm.bench import checkpoints, report
+from knapspec_vllm.bench.capacity import available_memory, on_gpu
 from knapspec_vllm.bench.measure import MODEL_NAME, Arm, Chat, PlanLog, SpecCounters
 from knapspec_vllm.bench.servers import (
     Server,
@@ -123,7 +120,7 @@ def make_servers(model: str, arguments: argparse.Namespace, together: bool) -> l
     common += ["--max-model-len", str(arguments.max_model_len)]
     if not arguments.compiled:
         common.append("--enforce-eager")
-    if _on_gpu():
+    if on_gpu():
         common += ["--gpu-memory-utilization", "0.28" if together else "0.85"]
     if local and not _has_chat_template(Path(model)):
         common += ["--chat-template", PLAIN_TEMPLATE]
@@ -148,38 +145,19 @@ def _has_chat_template(model: Path) -> bool:
     return config.exists() and '"chat_template"' in config.read_text(encoding="utf-8")
 
 
-@functools.cache
-def _on_gpu() -> bool:
-    """Whether `nvidia-smi` lists a GPU: the question that chose the vLLM build."""
-    if shutil.which("nvidia-smi") is None:
-        return False
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False)
-    return listing.returncode == 0 and b"GPU" in listing.stdout
-
-
 def _fit_together(model: str, servers: int) -> bool:
     """Whether that many servers of a local model fit in memory, weights and caches together."""
     if os.environ.get("DEMO_SEQUENTIAL") == "1" or not Path(model).is_dir():
         return False
     weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
     overhead = 3 << 30  # two Python processes with torch, the KV cache, activations
-    if _on_gpu():
+    if on_gpu():
         import torch
 
         available = torch.cuda.mem_get_info()[0]
     else:
-        available = _available_memory()
+        available = available_memory()
     return servers * (weights + overhead) < available
-
-
-def _available_memory() -> int:
-    """Bytes that can be used without swapping; 0, so one server at a time, where unknown."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"MemAvailable:\s+(\d+) kB", text)
-    return int(found[1]) * 1024 if found else 0
 
 
 def _mode(arguments: argparse.Namespace) -> str:
@@ -199,7 +177,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=900, help="seconds a server may start for")
     arguments = parser.parse_args(argv)
     # Compiling takes minutes on a CPU and seconds on a GPU, where eager mode would not be fair.
-    arguments.compiled = os.environ.get("DEMO_COMPILED", "1" if _on_gpu() else "0") == "1"
+    arguments.compiled = os.environ.get("DEMO_COMPILED", "1" if on_gpu() else "0") == "1"
     return arguments
 
 

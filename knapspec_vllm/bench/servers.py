@@ -69,7 +69,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "NO_COLOR": "1", **self.environment},
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
         _started.append(self)
 
@@ -109,11 +109,11 @@ class Server:
         if self.process is None:
             return
         if self.process.poll() is None:
-            _signal_group(self.process.pid, signal.SIGTERM)
+            signal_group(self.process.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(STOP_SECONDS)
         # Also when the API server is gone: its engine may not be.
-        _signal_group(self.process.pid, signal.SIGKILL)
+        signal_group(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.process = None
 
@@ -129,7 +129,7 @@ def stop_all() -> None:
         running = [server for server in _started if server.process is not None]
         for server in running:
             if server.process is not None:
-                _signal_group(server.process.pid, signal.SIGTERM)
+                signal_group(server.process.pid, signal.SIGTERM)
         for server in running:
             server.stop()
         _started.clear()
@@ -174,11 +174,11 @@ def speculative_config(num_speculative_tokens: int) -> list[str]:
     return ["--speculative-config", json.dumps(value)]
 
 
-def _signal_group(group: int, number: signal.Signals) -> None:
+def signal_group(group: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions that run inside vLLM's workers (`LLM.collective_rpc`) and answer with JSON text.
+
+A module of their own: a worker process imports it by name, whatever started the engine.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def knapspec_snapshot(worker: Any) -> str:
+    """The proposer's state and counters; null where KnapSpec is not selected."""
+    drafter = getattr(getattr(worker, "model_runner", None), "drafter", None)
+    snapshot = getattr(drafter, "snapshot", None)
+    return json.dumps(snapshot() if callable(snapshot) else None)
+
+
+def worker_facts(worker: Any) -> str:
+    """What a worker computes on."""
+    import torch
+
+    from knapspec_vllm.bench.provenance import cpu_name
+
+    device = getattr(worker, "device", None)
+    on_gpu = getattr(device, "type", "cpu") == "cuda"
+    facts = {
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "runner": type(getattr(worker, "model_runner", None)).__module__,
+    }
+    return json.dumps(facts)

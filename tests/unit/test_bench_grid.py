@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who works when, on what, and what is measured again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from knapspec_vllm.bench import grid
+from knapspec_vllm.bench.grid import Protocol, groups, measure_cell, measure_grid, rotated
+from knapspec_vllm.bench.results import Cell, Results, Round
+from knapspec_vllm.bench.trace import traced, windows
+
+
+class Recorder:
+    """An engine without a process, which writes down its turns."""
+
+    def __init__(self, name: str, diary: list[tuple[str, Any]]) -> None:
+        self.name, self.diary, self.facts = name, diary, {"dtype": "float32"}
+        self._awake = False
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        self._awake = True
+        yield
+        self._awake = False
+
+    def run(self, prompts: list[list[int]], batch: int, sampling: dict) -> dict[str, Any]:
+        assert self._awake
+        self.diary.append((self.name, prompts))
+        rows = {"tokens": [1, 2, 3], "first": 1.0, "last": 2.0, "ttft": 0.1, "cached": False}
+        window = [1.0, 2]
+        one = {"seconds": 2.0, "requests": [rows] * batch, "decode": window, "full": window}
+        state = {"decision": str(len(self.diary)), "stats": {"rounds": 3, "by": [1, 1]}}
+        return {"batches": [one], "counters": {"num_drafts": 1}, "knapspec": state}
+
+
+def test_rotation() -> None:
+    assert [rotated("abc", turn) for turn in range(4)] == [
+        ["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"],
+    ]  # fmt: skip
+
+
+def test_every_round_runs_all_arms_in_rotated_order_on_the_same_prompts() -> None:
+    diary: list[tuple[str, Any]] = []
+    engines: Any = [Recorder(name, diary) for name in "abc"]
+    protocol = Protocol(rounds=3, warm_up=1, tokens=3)
+    found = measure_cell(engines, Cell(2, 8), protocol, lambda number: [[number]] * 2)
+    order = "".join(name for name, _ in diary)
+    assert order == "cab" + "abc" + "bca" + "cab"
+    assert [prompts[0][0] for _, prompts in diary] == [-1] * 3 + [0] * 3 + [1] * 3 + [2] * 3
+    assert [m.arm for m in found] == ["a", "b", "c"]
+    for m in found:
+        assert len(m.rounds) == 3
+        assert m.counters == {"num_drafts": 3}, "the warm-up is not counted"
+        assert m.knapspec is not None
+        assert m.knapspec["stats"] == {"rounds": 9, "by": [3, 3]}
+    assert found[2].knapspec["decision"] == "10", "of the last round"
+
+
+def test_groups() -> None:
+    names = ["plain", "a", "b", "c"]
+    assert groups(names, 9) == [names]
+    assert groups(names, 3) == [["plain", "a", "b"], ["plain", "c"]]
+    assert groups(names, 2) == [["plain", "a"], ["plain", "b"], ["plain", "c"]]
+    assert groups(names, 1) == [["plain"], ["a"], ["b"], ["c"]]
+    assert groups(["c"], 4) == [["plain", "c"]], "a later arm has a baseline of its own, too"
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 3), (2, 4), (8, 8)])
+def test_whole_batches_of_at_least_the_requests(batch: int, rows: int) -> None:
+    assert Protocol(requests=3).rows(Cell(batch, 8)) == rows
+
+
+def test_sampling() -> None:
+    cell = Cell(1, 8, 0.5)
+    equal = {"temperature": 0.5, "max_tokens": 9, "ignore_eos": True}
+    assert Protocol(tokens=9).sampling(cell) == equal
+    natural = Protocol(tokens=9, natural_end=True).sampling(cell)
+    assert natural == {**equal, "ignore_eos": False}
+
+
+def run_grid(results: Results, at_once: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Sessions' arms, then cells with the arms measured in them, as text."""
+    events: list[str] = []
+
+    @contextmanager
+    def no_processes(engines: Sequence[Any]) -> Iterator[None]:
+        events.append("+".join(engine.name for engine in engines))
+        yield
+
+    monkeypatch.setattr(grid, "running", no_processes)
+    measure_grid(
+        results,
+        Protocol(rounds=1, warm_up=0, tokens=3),
+        at_once,
+        lambda names: [Recorder(name, []) for name in names],  # type: ignore[misc]
+        lambda cell, number: [[number]] * cell.batch,
+        lambda cell, found: events.append(f"{cell.batch}:{'+'.join(m.arm for m in found)}"),
+        lambda text: None,
+    )
+    return events
+
+
+def test_grid_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("plain", "a", "b")
+    results = Results({}, {}, {n: {} for n in names}, cells=[Cell(1, 8), Cell(2, 8)])
+    assert run_grid(results, 9, monkeypatch) == ["plain+a+b", "1:plain+a+b", "2:plain+a+b"]
+    assert results.arms["a"]["engine"] == {"dtype": "float32"}
+    assert run_grid(results, 9, monkeypatch) == [], "nothing is missing"
+
+    results.measurements = [m for m in results.measurements if m.cell.batch == 1]
+    assert run_grid(results, 9, monkeypatch) == ["plain+a+b", "2:plain+a+b"]
+
+    results.arms["c"] = {}
+    assert run_grid(results, 9, monkeypatch) == ["plain+c", "1:plain+c", "2:plain+c"]
+    assert [m.session for m in results.measurements] == [0] * 3 + [1] * 3 + [2] * 4
+    plain, beside = results.baseline(next(m for m in results.measurements if m.arm == "c"))
+    assert plain is not None
+    assert (plain.session, beside) == (2, True)
+
+
+def test_grid_with_room_for_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Results({}, {}, {n: {} for n in ("plain", "a")}, cells=[Cell(1, 8)])
+    assert run_grid(results, 1, monkeypatch) == ["plain", "1:plain", "a", "1:a"]
+    assert results.baseline(results.measurements[1]) == (results.measurements[0], False)
+
+
+STEPS = [(10.0, (1, 0)), (11.0, (2, 1)), (12.0, (4, 2)), (13.0, (6, 3)), (15.0, (6, 6))]
+
+
+def test_windows() -> None:
+    """Decode begins with the last row's first token; the batch is full until a row has ended."""
+    assert windows(STEPS) == {"decode": [4.0, 9], "full": [2.0, 6]}
+    assert windows([]) == {"decode": None, "full": None}
+    # A row that ends with its first token.
+    assert windows([(1.0, (1, 1)), (2.0, (1, 2))]) == {"decode": [1.0, 1], "full": None}
+
+
+def test_steps_are_traced_while_rows_come_and_go() -> None:
+    rows = [SimpleNamespace(num_generation_tokens=0, last_token_ts=0.0) for _ in range(2)]
+    states = {str(i): SimpleNamespace(stats=row) for i, row in enumerate(rows)}
+    script = iter(STEPS)
+
+    class LLMEngine:
+        output_processor = SimpleNamespace(request_states=states)
+
+        def step(self) -> str:
+            clock, counts = next(script)
+            for row, count in zip(rows, counts, strict=True):
+                if count != row.num_generation_tokens:
+                    row.num_generation_tokens, row.last_token_ts = count, clock
+            if counts[0] == 6:
+                states.pop("0", None)  # it has ended
+            return "outputs"
+
+    engine = LLMEngine()
+    with traced(engine) as steps:
+        assert [engine.step() for _ in STEPS] == ["outputs"] * len(STEPS)
+    assert steps == STEPS
+    assert "step" not in vars(engine)
+    with traced(SimpleNamespace(step=lambda: 1)) as steps:
+        pass
+    assert steps == []
+
+
+def request(tokens: int, last: float | None, cached: bool = False) -> dict[str, Any]:
+    first = None if last is None else 1.0
+    return {"tokens": [7] * tokens, "first": first, "last": last, "ttft": 0.2, "cached": cached}
+
+
+def test_round_from_a_workers_answer() -> None:
+    batches = [
+        {"seconds": 3.0, "requests": [request(5, 3.0), request(3, 2.0)],
+         "decode": [2.0, 6], "full": [1.0, 4]},
+        {"seconds": 2.0, "requests": [request(5, 2.0), request(5, 2.0)],
+         "decode": [1.0, 8], "full": None},
+    ]  # fmt: skip
+    found = Round.of(batches)
+    assert (found.seconds, found.decode_seconds, found.decode_tokens) == (5.0, 3.0, 14)
+    assert (found.full_seconds, found.full_tokens, found.output_tokens) == (1.0, 4, 18)
+    assert found.tpot_seconds == pytest.approx((0.5 + 0.5 + 0.25 + 0.25) / 4)
+    assert (found.ttft_seconds, found.exact) == (0.2, True)
+    assert found.outputs[0] == found.outputs[2] != found.outputs[1]
+
+
+def test_round_without_time_stamps() -> None:
+    """Wall clock then, with all tokens; a cached prompt has no time to first token."""
+    found = Round.of([{"seconds": 2.0, "requests": [request(8, None, cached=True)]}])
+    assert (found.tokens_per_second, found.exact) == (4.0, False)
+    assert found.tpot_seconds is found.ttft_seconds is found.full_tokens_per_second is None
