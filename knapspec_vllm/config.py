@@ -122,7 +122,8 @@ class KnapSpecConfig:
     """Folder of the calibration store. None: beside vLLM's own cache."""
 
     round_overhead_us: float | None = None
-    """What a round costs on top of the model's steps, in microseconds. None: learned online."""
+    """What a speculative round costs on top of the model's steps, in microseconds; nothing is
+    learned from rounds then. None: learned online."""
 
     debug_invariants: bool = False
     """Check after every round that drafting wrote only into K/V slots that verification rewrites.

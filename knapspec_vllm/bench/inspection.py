@@ -21,7 +21,7 @@ def worker_facts(worker: Any) -> str:
     """What a worker computes on."""
     import torch
 
-    from knapspec_vllm.bench.provenance import cpu_name
+    from knapspec_vllm.hardware import cpu_name
 
     device = getattr(worker, "device", None)
     on_gpu = getattr(device, "type", "cpu") == "cuda"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import knapspec_vllm
+from knapspec_vllm.hardware import cpu_name
 
 #: Variables that change what is measured.
 VARIABLES = (
@@ -80,17 +81,6 @@ def gpu_query(field: str) -> str | None:
         return None
     lines = done.stdout.strip().splitlines() if done.returncode == 0 else []
     return lines[0].strip() if lines else None
-
-
-def cpu_name() -> str:
-    """As the kernel calls it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.machine()
 
 
 def without_folders(value: Any) -> Any:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 import knapspec_vllm
 from knapspec_vllm import compat
 from knapspec_vllm.draft.attention import AttentionPath
+from knapspec_vllm.hardware import cpu_name
 from knapspec_vllm.planner.costs import CostModel
 from knapspec_vllm.planner.types import Frontier
 
@@ -142,17 +142,7 @@ def _hardware() -> dict[str, Any]:
     if torch.cuda.is_available():
         return {"device": torch.cuda.get_device_name(), "count": torch.cuda.device_count()}
     return {
-        "device": _cpu_name(),
+        "device": cpu_name(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -46,7 +46,9 @@ class BackendAttention:
         self._engine = engine
         self._metadata = StepMetadata(engine)
         modules = [engine.view.attention_layer(i) for i in range(engine.view.num_layers)]
-        self._direct = all(_callable_directly(module) for module in modules)
+        # With one group of layers, one piece of metadata serves them all.
+        one_group = len(engine.attention_groups) == 1
+        self._direct = one_group and all(_callable_directly(module) for module in modules)
         #: Of the current step, by mode.
         self._now: dict[Mode, Any] = {}
         self._slots: torch.Tensor | None = None

@@ -50,7 +50,7 @@ class Corrections:
         if not self.enabled or predicted_us <= 0 or time_us <= 0:
             return
         log_factor = math.log(min(max(time_us / predicted_us, 1.0 / _CLIP), _CLIP))
-        for bucket in (_bucket(batch), None):
+        for bucket in (kind_of(batch), None):
             mean = self._means.setdefault((part, bucket), _Mean())
             mean.count += 1
             mean.log_factor += max(_RATE, 1.0 / mean.count) * (log_factor - mean.log_factor)
@@ -61,7 +61,7 @@ class Corrections:
     def factor(self, part: Part, batch: Batch) -> float:
         """For this kind of batch, else over all batches. Verify steps that nobody has seen are
         taken to be off as much as plain ones."""
-        for bucket in (_bucket(batch), None):
+        for bucket in (kind_of(batch), None):
             mean = self._means.get((part, bucket))
             if mean is not None:
                 return math.exp(mean.log_factor)
@@ -69,11 +69,11 @@ class Corrections:
 
     def count(self, part: Part, batch: Batch) -> int:
         """Rounds of this kind of batch that were observed."""
-        mean = self._means.get((part, _bucket(batch)))
+        mean = self._means.get((part, kind_of(batch)))
         return 0 if mean is None else mean.count
 
 
-def _bucket(batch: Batch) -> tuple[int, int]:
+def kind_of(batch: Batch) -> tuple[int, int]:
     """Batches of the same number of rows (powers of two) and context, each within a factor of 2."""
     context_per_row = batch.context_tokens / batch.rows
     return batch.rows.bit_length(), int(math.log1p(context_per_row) / _CONTEXT_BUCKET)

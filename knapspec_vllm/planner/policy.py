@@ -11,11 +11,12 @@ speedup is worth no more than what it is a multiple of. Pure Python on plain num
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Literal
 
 from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.planner.acceptance import AcceptanceModel
-from knapspec_vllm.planner.corrections import Corrections
+from knapspec_vllm.planner.corrections import Corrections, kind_of
 from knapspec_vllm.planner.costs import CostModel
 from knapspec_vllm.planner.resolve import ResolveRule
 from knapspec_vllm.planner.selection import smoothed_hits
@@ -25,9 +26,10 @@ from knapspec_vllm.planner.types import Batch, Choice, Frontier, Plan, PlanEstim
 _CONTEXT_BUCKET = math.log(1.06)
 """Batches whose context lies within 6% share an evaluation."""
 _CACHE_ENTRIES = 256
-_FIRST_PLAIN, _PLAIN_EVERY = 4, 256
-"""Plain rounds to measure before a kind of batch speculates, then one in so many. It costs about
-half a step, as much as 0.1% of the rounds between them."""
+_FIRST_PLAIN, _MOST_TRIES, _PLAIN_EVERY = 4, 16, 256
+"""Plain rounds to measure before a kind of batch speculates, and how often to try: where requests
+come and go all the time no round can be measured. Then one in so many: that costs about half a
+step, 0.1% of the rounds between."""
 
 
 class Policy:
@@ -65,6 +67,7 @@ class Policy:
         self._last = Choice(None, 0, 1.0, "no round yet", "no plan")
         self._declined_rounds = 0
         self._since_plain = 0
+        self._tries: Counter[tuple[int, int]] = Counter()
         self._forced = config.plan != "auto"
         if self._forced:
             plan = Plan.parse(config.plan, num_layers)
@@ -175,13 +178,13 @@ class Policy:
         if config.always_draft or config.draft_length is not None or not self._corrections.enabled:
             return False
         self._since_plain += 1
-        due = (
-            self._corrections.count("plain", batch) < _FIRST_PLAIN
-            or self._since_plain >= _PLAIN_EVERY
-        )
-        if due:
+        kind = kind_of(batch)
+        unknown = self._corrections.count("plain", batch) < _FIRST_PLAIN
+        if (unknown and self._tries[kind] < _MOST_TRIES) or self._since_plain >= _PLAIN_EVERY:
+            self._tries[kind] += 1
             self._since_plain = 0
-        return due
+            return True
+        return False
 
     def _decide(self, batch: Batch, max_draft_length: int) -> Choice:
         lengths = self._lengths(max_draft_length)

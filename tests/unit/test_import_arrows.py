@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "knapspec_vllm"
 
 # Parts that know no other part; everyone may import them.
-LEAVES = {"config", "compat", "envs", "metrics"}
+LEAVES = {"config", "compat", "envs", "hardware", "metrics"}
 # Part -> parts it may import besides itself and the leaves. None = all parts.
 ALLOWED: dict[str, set[str] | None] = {
     "": set(),  # knapspec_vllm/__init__.py
@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "config": set(),
     "compat": set(),
     "envs": set(),
+    "hardware": set(),
     "metrics": set(),
     "ops": {"kernels"},
     "planner": {"ops"},

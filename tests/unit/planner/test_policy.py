@@ -205,6 +205,9 @@ def test_measures_plain_rounds_before_and_while_speculating():
     # Another kind of batch has to be measured as well; what loses is declined, not measured.
     other = Batch(8, 8 * BATCH.context_tokens)
     assert made.choose(other, 1).code in ("measuring", "no gain")
+    # Rounds that cannot be measured, as requests come and go, do not keep it from speculating.
+    busy, _ = policy(frontier((HALF, 990)), round_overhead_us=None, most=1)
+    assert [busy.choose(BATCH, 1).code for _ in range(40)] == ["measuring"] * 16 + [""] * 24
     forced, _ = policy(frontier((HALF, 990)), round_overhead_us=None, always_draft=True)
     assert forced.choose(BATCH, 1).plan == HALF
 
