@@ -182,3 +182,6 @@ def signal_group(group: int, number: signal.Signals) -> None:
 def end_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        # A stopped process acts on that only once it is continued, which the kernel does with a
+        # SIGHUP to orphans; under nohup they would have inherited to ignore it.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)

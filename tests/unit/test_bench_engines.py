@@ -97,7 +97,8 @@ def test_a_hanging_engine_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_engines_end_with_the_benchmark(number: signal.Signals) -> None:
     """Also when it is killed outright, which it cannot answer, and though one stands still."""
     script = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever these tests were started by
 from knapspec_vllm.bench.engines import running
 from tests.helpers_bench import FakeEngine
 idle, working = FakeEngine("idle", {}), FakeEngine("working", {})
