@@ -196,3 +196,15 @@ class TorchRunner:
         cos, sin = rope[0][:, None, :], rope[1][:, None, :]
         first, second = x.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def branches_run(made):
+    """Branches of each item that the runner is asked for from now on, one entry an item."""
+    sizes = []
+    attention, mlp = made.attention, made.mlp
+    made.attention = lambda layer, states, window: (
+        sizes.append(len(states)),
+        attention(layer, states, window),
+    )[1]
+    made.mlp = lambda layer, states: (sizes.append(len(states)), mlp(layer, states))[1]
+    return sizes

@@ -18,7 +18,7 @@ from knapspec_vllm.planner.baselines.swift import CANDIDATES, MAX_SOLVES, SKIP_R
 from knapspec_vllm.planner.solver import ItemWeights, SolverSettings
 from knapspec_vllm.planner.types import Mode, Plan
 from tests.helpers_no_sync import no_host_sync
-from tests.helpers_planner import TorchRunner, random_model
+from tests.helpers_planner import TorchRunner, branches_run, random_model
 
 WEIGHTS = ItemWeights(attention_full_us=40.0, attention_window_us=25.0, mlp_us=60.0)
 FREE = SolverSettings(keep_first_layers=0, keep_last_layers=0, max_saving=1.0)
@@ -40,18 +40,6 @@ def saved(plan):
     attention = plan.count("attention", Mode.SKIP) * WEIGHTS.attention_full_us
     mlp = plan.count("mlp", Mode.SKIP) * WEIGHTS.mlp_us
     return (attention + mlp) / (100.0 * plan.num_layers)
-
-
-def branches_run(made):
-    """Branches x items that the runner is asked for, as a list with one entry an item."""
-    sizes = []
-    attention, mlp = made.attention, made.mlp
-    made.attention = lambda layer, states, window: (
-        sizes.append(len(states)),
-        attention(layer, states, window),
-    )[1]
-    made.mlp = lambda layer, states: (sizes.append(len(states)), mlp(layer, states))[1]
-    return sizes
 
 
 def close(found, expected):

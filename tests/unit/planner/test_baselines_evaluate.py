@@ -7,7 +7,7 @@ import torch
 from knapspec_vllm.planner.baselines.evaluate import evaluate, run_plans
 from knapspec_vllm.planner.types import Mode, Plan
 from tests.helpers_no_sync import no_host_sync
-from tests.helpers_planner import TorchRunner, random_model
+from tests.helpers_planner import TorchRunner, branches_run, random_model
 
 LAYERS = 6
 
@@ -40,18 +40,6 @@ def alone(made, plan):
     return states
 
 
-def sizes_of(made):
-    """Records how many branches every item ran."""
-    sizes = []
-    attention, mlp = made.attention, made.mlp
-    made.attention = lambda layer, states, window: (
-        sizes.append(len(states)),
-        attention(layer, states, window),
-    )[1]
-    made.mlp = lambda layer, states: (sizes.append(len(states)), mlp(layer, states))[1]
-    return sizes
-
-
 @pytest.mark.parametrize("at_once", [1, 4, 32])
 def test_equals_plan_by_plan(at_once):
     made, plans = runner(), some_plans(20)
@@ -69,7 +57,7 @@ def test_equals_plan_by_plan(at_once):
 
 def test_runs_no_more_branches_than_allowed():
     made, plans = runner(), some_plans(20)
-    sizes = sizes_of(made)
+    sizes = branches_run(made)
     evaluate(made, plans, 5)
     assert max(sizes) <= 6  # the target is one more
     assert max(sizes) > 4
@@ -79,7 +67,7 @@ def test_what_plans_have_in_common_runs_once():
     """Twelve plans that skip one item each: before it all are the target, one row."""
     made = runner()
     single = [Plan.parse(f"skip {kind}:{i}", LAYERS) for i in range(6) for kind in ("attn", "mlp")]
-    sizes = sizes_of(made)
+    sizes = branches_run(made)
     evaluate(made, single, 32)
     # Item i runs the target and the i plans that have left it before.
     assert sizes == [1 + item for item in range(12)]
