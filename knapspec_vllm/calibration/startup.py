@@ -12,8 +12,10 @@ from knapspec_vllm.calibration.store import (
     Calibration,
     CalibrationStore,
     fingerprint,
+    hardware_name,
     store_directory,
 )
+from knapspec_vllm.draft.memory import added_bytes
 from knapspec_vllm.draft.proposer import KnapSpecProposer
 from knapspec_vllm.planner.costs import CostModel
 from knapspec_vllm.planner.types import Frontier
@@ -40,14 +42,14 @@ def calibrate(proposer: KnapSpecProposer) -> None:
             },
         ),
     )
-    found = None
+    found, source = None, "stored"
     if config.calibration != "force" and agreement.leads:
         found = store.load()
     found = agreement.share(found)
     if found is not None:
         logger.info("KnapSpec uses the calibration stored in %s", store.path)
     elif config.calibration != "off" and not _fully_forced(proposer):
-        found = _measure(proposer)
+        found, source = _measure(proposer), "measured"
         if agreement.leads:
             store.save(found)
             logger.info("KnapSpec stored its calibration in %s", store.path)
@@ -62,6 +64,13 @@ def calibrate(proposer: KnapSpecProposer) -> None:
         proposer.drafter.attention_path = found.attention_path
     if frontier is not None:
         frontier = dataclasses.replace(frontier, source="stored")
+    proposer.calibration = {
+        "source": source if found is not None else "none",
+        "hardware": hardware_name(),
+        "measured_at": None if found is None else found.measured_at,
+        "path": str(store.path),
+    }
+    proposer.memory_bytes = added_bytes(engine, config, proposer.num_speculative_tokens)
     proposer.use(costs, frontier, keep)
 
 
@@ -89,5 +98,5 @@ def _measure(proposer: KnapSpecProposer) -> Calibration:
     logger.info(
         "KnapSpec measured %d cost samples in %.1f s", len(samples), time.perf_counter() - start
     )
-    found = Calibration(model, None, proposer.drafter.attention_path)
+    found = Calibration(model, None, proposer.drafter.attention_path, measured_at=time.time())
     return proposer.agreement.share(found)

@@ -38,6 +38,8 @@ class Calibration:
     frontier: Frontier | None
     attention_path: AttentionPath = "backend"
     """Who computes draft attention; the costs were measured with it."""
+    measured_at: float | None = None
+    """When, in seconds of the epoch."""
 
 
 class CalibrationStore:
@@ -66,6 +68,7 @@ class CalibrationStore:
                 CostModel.from_json(entry["costs"]),
                 None if frontier is None else Frontier.from_json(frontier),
                 _attention_path(entry["attention_path"]),
+                entry.get("measured_at"),
             )
         except (ValueError, KeyError, TypeError) as error:
             logger.warning(
@@ -82,6 +85,7 @@ class CalibrationStore:
             "costs": calibration.costs.to_json(),
             "frontier": None if frontier is None else frontier.to_json(),
             "attention_path": calibration.attention_path,
+            "measured_at": calibration.measured_at,
         }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +140,11 @@ def fingerprint(vllm_config: Any, num_speculative_tokens: int, settings: dict[st
 def _config_hash(model: Any) -> str:
     config = json.dumps(model.hf_config.to_dict(), sort_keys=True, default=str)
     return hashlib.sha256(config.encode()).hexdigest()[:16]
+
+
+def hardware_name() -> str:
+    """Of the device that the worker computes on."""
+    return str(_hardware()["device"])
 
 
 def _hardware() -> dict[str, Any]:

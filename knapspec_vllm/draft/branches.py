@@ -9,41 +9,15 @@ reference tokens. Nothing is written to the cache, and nothing waits for the dev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from knapspec_vllm import ops
 from knapspec_vllm.draft.engine import Engine
+from knapspec_vllm.draft.references import References
 from knapspec_vllm.draft.windows import WindowGeometry
 
 #: Rows of logits computed at once: 512 x 49,152 float32 are 100 MB, 128 keep it at 25 MB.
-_LOGIT_ROWS = 128
-
-
-@dataclass(frozen=True)
-class References:
-    """R committed tokens of each of S rows, at positions starts[s] .. starts[s] + R - 1.
-
-    The K and V of a row's positions before starts[s] are in the cache. All tensors are on the
-    device.
-    """
-
-    # [S * R] int64, row after row
-    tokens: torch.Tensor
-    # [S] int64
-    starts: torch.Tensor
-    # [S, W] int32, W * block_size >= max_start
-    block_table: torch.Tensor
-    #: Largest of `starts`, on the host: sizes grids, decides nothing.
-    max_start: int
-
-    @property
-    def positions(self) -> torch.Tensor:
-        """[S * R] int64."""
-        per_row = len(self.tokens) // len(self.starts)
-        offsets = torch.arange(per_row, device=self.starts.device)
-        return (self.starts[:, None] + offsets).flatten()
+LOGIT_ROWS = 128
 
 
 class VllmBranches:
@@ -106,6 +80,6 @@ class VllmBranches:
         tokens = [
             # Not argmax, which takes three times as long on a CPU: a sixth of the solve.
             self._view.logits(self._view.final_hidden(None, part)).max(dim=-1).indices
-            for part in flat.split(_LOGIT_ROWS)
+            for part in flat.split(LOGIT_ROWS)
         ]
         return torch.cat(tokens).view(states.shape[:-1])

@@ -13,8 +13,9 @@ import torch
 
 from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.draft.agreement import Agreement
-from knapspec_vllm.draft.branches import References, VllmBranches
+from knapspec_vllm.draft.branches import VllmBranches
 from knapspec_vllm.draft.engine import Engine
+from knapspec_vllm.draft.references import References
 from knapspec_vllm.draft.windows import WindowGeometry
 from knapspec_vllm.metrics.stats import Stats
 from knapspec_vllm.planner import baselines
@@ -110,9 +111,8 @@ class Planning:
         references: Callable[[], References | None],
     ) -> Choice:
         """What this round drafts; solves first when the policy asks. All TP ranks call it."""
-        self._stats.rounds += 1
         if max_draft_length <= 0:  # rows about to end: says nothing of the plan, so keep it
-            self._stats.declined_rounds["no room"] += 1
+            self._stats.add_choice(batch.rows, False, "no room")
             return Choice(None, 0, 1.0, "no room for a draft in this batch", "no room")
         choice = self._without_costs(max_draft_length)
         if choice is None:
@@ -135,9 +135,12 @@ class Planning:
         """Solve in the next round whatever the policy thinks; call it on every rank."""
         self._solve_requested = True
 
-    def feedback(self, plan: Plan, accepted: int, drafted: int) -> None:
-        """`accepted` of `drafted` (scheduled) tokens of one row were kept by verification."""
-        self._stats.add_verified(accepted, drafted)
+    def feedback(self, plan: Plan, accepted: int, drafted: int, context: int) -> None:
+        """`accepted` of `drafted` (scheduled) tokens of one row were kept by verification.
+
+        context: the row's length in tokens.
+        """
+        self._stats.add_verified(accepted, drafted, context)
         self.acceptance.observe(plan, accepted, drafted)
 
     def _without_costs(self, max_draft_length: int) -> Choice | None:
@@ -223,8 +226,7 @@ class Planning:
         assert self.policy is not None
         self.policy.set_frontier(frontier)
         self.policy.note_solve(solve.time_us)
-        self._stats.solves += 1
-        self._stats.phase_us["solve"] += solve.time_us
+        self._stats.add_solve(solve.time_us)
         logger.info(
             "KnapSpec solved %d plans in %.0f ms (%s)",
             len(estimates), solve.time_us / 1e3, self._pending.described,
@@ -235,8 +237,7 @@ class Planning:
 
     def _note(self, choice: Choice, batch: Batch) -> None:
         """Count the choice, and log it when the plan changes or drafting stops or starts."""
-        if choice.draft_length == 0:
-            self._stats.declined_rounds[choice.code] += 1
+        self._stats.add_choice(batch.rows, choice.draft_length > 0, choice.code)
         if choice.code == "measuring":  # for one round: not what was decided
             return
         changed = choice.plan != self.last_choice.plan

@@ -17,18 +17,20 @@ import torch
 from knapspec_vllm import models, ops
 from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.draft.agreement import Agreement
-from knapspec_vllm.draft.branches import References
 from knapspec_vllm.draft.cache_layout import CacheLayout, UnknownCacheLayoutError
 from knapspec_vllm.draft.drafter import Drafter
 from knapspec_vllm.draft.engine import Engine, own_attention_groups
 from knapspec_vllm.draft.invariants import InvariantGuard
 from knapspec_vllm.draft.planning import Planning
+from knapspec_vllm.draft.references import References, newest_references
 from knapspec_vllm.draft.round_clock import RoundClock
 from knapspec_vllm.draft.rows import Candidates, DraftRows
+from knapspec_vllm.draft.snapshot import snapshot
 from knapspec_vllm.draft.windows import WindowGeometry
 from knapspec_vllm.metrics.stats import Stats
 from knapspec_vllm.planner.costs import CostModel
 from knapspec_vllm.planner.types import Batch, Choice, Frontier, Plan
+from knapspec_vllm.request_options import draft_limit
 
 logger = logging.getLogger("vllm.knapspec")
 
@@ -46,6 +48,10 @@ class KnapSpecProposer:
         #: Plan and number of tokens drafted for each request in the last round.
         self._drafted: dict[str, tuple[Plan, int]] = {}
         self._clock = RoundClock(self.stats)
+        #: Where the cost curves come from: "source", "hardware", "measured_at" (seconds, epoch).
+        self.calibration: dict[str, Any] = {}
+        #: Beyond plain vLLM's, by kind.
+        self.memory_bytes: dict[str, int] = {}
 
     def load_model(self, target: torch.nn.Module) -> None:
         """Called by vLLM after the target's weights are loaded; refuses unknown layer kinds."""
@@ -161,17 +167,8 @@ class KnapSpecProposer:
         return drafts
 
     def snapshot(self) -> dict[str, Any]:
-        """What the planner did so far, JSON-ready: the last decision, and all counters."""
-        state: dict[str, Any] = {"stats": self.stats.as_dict()}
-        if self.planning is not None:
-            drafting = self.planning.last_drafting_choice
-            state |= {
-                "decision": self.planning.last_choice.reason,
-                "plan": None if drafting.plan is None else drafting.plan.describe(),
-                "draft_length": drafting.draft_length,
-                "predicted_speedup": drafting.predicted_speedup,
-            }
-        return state
+        """What the planner did so far, JSON-ready; see `draft.snapshot`."""
+        return snapshot(self)
 
     def _draft(self, choice: Choice, runner: Any, rows: DraftRows) -> list[list[int]]:
         assert choice.plan is not None
@@ -201,11 +198,21 @@ class KnapSpecProposer:
                 self.stats.placeholder_tokens += count
             if drafted is None or not count or not sampled:
                 continue
-            params = runner.requests[req_id].sampling_params
-            if getattr(params, "structured_outputs", None) is not None:
+            request = runner.requests[req_id]
+            if getattr(request.sampling_params, "structured_outputs", None) is not None:
                 continue  # the grammar cut these drafts by value, which says nothing of the plan
-            self.planning.feedback(drafted[0], min(len(sampled) - 1, count), count)
+            accepted = min(len(sampled) - 1, count)
+            self.planning.feedback(drafted[0], accepted, count, request.num_tokens)
         self._drafted.clear()
+
+    def _references(self, runner: Any, rows: Candidates, table: torch.Tensor) -> References | None:
+        assert self.engine is not None
+        assert self.planning is not None
+        config, known = self.config, runner.input_batch.token_ids_cpu
+        return newest_references(
+            self.engine, rows, known, table, self.planning.reference_tokens,
+            config.reference_rows, config.reference_tokens,
+        )  # fmt: skip
 
     def _candidates(
         self, runner: Any, scheduler_output: Any, sampled_token_ids: list[list[int]]
@@ -221,7 +228,9 @@ class KnapSpecProposer:
         limits = []
         for i, position in zip(index, positions, strict=True):
             request = runner.requests[state.req_ids[i]]
+            asked = draft_limit(getattr(request.sampling_params, "extra_args", None))
             bounds = {
+                "request": most if asked is None else asked,
                 "slots": int(blocks[i]) * self.engine.block_size - position,
                 "max_model_len": self.engine.max_model_len - 2 - position,
                 "max_tokens": _remaining_tokens(request, position) - 1,
@@ -236,38 +245,6 @@ class KnapSpecProposer:
             tokens=[sampled_token_ids[i][-1] for i in index],
             positions=positions,
             limits=limits,
-        )
-
-    def _references(
-        self, runner: Any, rows: Candidates, block_table: torch.Tensor
-    ) -> References | None:
-        """The newest tokens of the longest rows, for the solver; None while none is long enough.
-
-        In all reference_tokens * reference_rows of them: where fewer rows are at hand, each gives
-        more, because what a solve learns grows with the tokens and not with the rows.
-        """
-        assert self.engine is not None
-        config, engine = self.config, self.engine
-        order = sorted(range(len(rows)), key=lambda i: (-rows.positions[i], i))
-        order = [i for i in order if rows.positions[i] + 1 >= config.reference_tokens]
-        order = order[: config.reference_rows]
-        if not order or not engine.paged_kv:
-            return None
-        assert self.planning is not None
-        share = self.planning.reference_tokens // len(order)
-        count = min(share, rows.positions[order[-1]] + 1)
-        starts = [rows.positions[i] + 1 - count for i in order]
-        where = [rows.index[i] for i in order]
-        known = runner.input_batch.token_ids_cpu
-        tokens: list[int] = []
-        for row, start in zip(where, starts, strict=True):
-            tokens += known[row, start : start + count].tolist()
-        width = max(1, -(-max(starts) // engine.block_size))
-        return References(
-            tokens=ops.to_device(tokens, torch.int64, engine.device),
-            starts=ops.to_device(starts, torch.int64, engine.device),
-            block_table=block_table[ops.to_device(where, torch.int64, engine.device), :width],
-            max_start=max(starts),
         )
 
 

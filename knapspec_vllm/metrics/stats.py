@@ -7,6 +7,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from knapspec_vllm.metrics.histogram import Histogram
+
+BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SOLVE_BOUNDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+RATIO_BOUNDS = (0.5, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25, 2.0)
+CONTEXT_BOUNDS = (1024, 4096, 16384, 65536)
+
 
 @dataclass
 class Stats:
@@ -24,10 +31,17 @@ class Stats:
     #: By position in the draft: scheduled, and kept by verification.
     drafted_by_position: list[int] = field(default_factory=list)
     accepted_by_position: list[int] = field(default_factory=list)
+    #: Tokens drafted and kept, by the context length of their row: see `context_bucket`.
+    drafted_by_context: Counter[str] = field(default_factory=Counter)
+    accepted_by_context: Counter[str] = field(default_factory=Counter)
     solves: int = 0
-    solve_us: float = 0.0
+    solve_seconds: Histogram = field(default_factory=lambda: Histogram(SOLVE_BOUNDS))
     plan_changes: int = 0
-    #: Rows that could not draft the maximum, by reason: "slots", "max_model_len", "max_tokens".
+    #: Rows of rounds that drafted and of rounds that did not.
+    drafting_rows: Histogram = field(default_factory=lambda: Histogram(BATCH_BOUNDS))
+    declining_rows: Histogram = field(default_factory=lambda: Histogram(BATCH_BOUNDS))
+    #: Rows that could not draft the maximum, by reason: "slots", "max_model_len", "max_tokens", or
+    #: "request", whose sender asked for fewer.
     clipped_rows: Counter[str] = field(default_factory=Counter)
     #: Rounds that declined, by `Choice.code`.
     declined_rounds: Counter[str] = field(default_factory=Counter)
@@ -45,6 +59,8 @@ class Stats:
     #: The same with what they took, and with the tokens they really gained.
     realised_round_us: float = 0.0
     realised_plain_us: float = 0.0
+    #: What a round took over what it should have taken, of the same rounds.
+    round_ratio: Histogram = field(default_factory=lambda: Histogram(RATIO_BOUNDS))
 
     def add_round(self, step_us: float, own_us: float, draft_us: float) -> None:
         """One measured round."""
@@ -64,11 +80,27 @@ class Stats:
         self.predicted_round_us += round_us
         self.predicted_plain_us += speedup * round_us
         self.realised_round_us += time_us
+        self.round_ratio.observe(time_us / round_us)
         self.realised_plain_us += plain_us
 
-    def add_verified(self, accepted: int, drafted: int) -> None:
-        """One row: `accepted` of `drafted` scheduled tokens were kept."""
+    def add_choice(self, rows: int, drafts: bool, declined: str) -> None:
+        """A round of `rows` decoding rows; declined: why it did not draft."""
+        self.rounds += 1
+        (self.drafting_rows if drafts else self.declining_rows).observe(rows)
+        if not drafts:
+            self.declined_rounds[declined] += 1
+
+    def add_solve(self, time_us: float) -> None:
+        self.solves += 1
+        self.phase_us["solve"] += time_us
+        self.solve_seconds.observe(time_us / 1e6)
+
+    def add_verified(self, accepted: int, drafted: int, context: int) -> None:
+        """One row with `context` tokens: `accepted` of `drafted` scheduled tokens were kept."""
         self.accepted_tokens += accepted
+        bucket = context_bucket(context)
+        self.drafted_by_context[bucket] += drafted
+        self.accepted_by_context[bucket] += accepted
         for counts, number in (
             (self.drafted_by_position, drafted),
             (self.accepted_by_position, accepted),
@@ -85,5 +117,17 @@ class Stats:
                 value = list(value)
             elif isinstance(value, dict):
                 value = dict(value)
+            elif isinstance(value, Histogram):
+                value = value.as_dict()
             values[name] = value
         return values
+
+
+def context_bucket(tokens: int) -> str:
+    """Label of a context length: "0-1023", "1024-4095", up to "65536+"."""
+    low = 0
+    for bound in CONTEXT_BOUNDS:
+        if tokens < bound:
+            return f"{low}-{bound - 1}"
+        low = bound
+    return f"{low}+"

@@ -19,10 +19,18 @@ def install_in_process() -> None:
 
     Imports neither the model runner nor anything that touches a device.
     """
-    from knapspec_vllm.patches import arg_utils, scheduler, vllm_config, worker_base
+    from knapspec_vllm.patches import (
+        arg_utils,
+        prometheus,
+        sampling_params,
+        scheduler,
+        vllm_config,
+        worker_base,
+    )
 
+    modules = (arg_utils, vllm_config, scheduler, worker_base, sampling_params, prometheus)
     try:
-        for module in (arg_utils, vllm_config, scheduler, worker_base):
+        for module in modules:
             module.install()
     except Exception:
         apply.restore_all()

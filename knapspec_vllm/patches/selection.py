@@ -34,7 +34,11 @@ class Rewritten:
 
 def is_selected(vllm_config: Any) -> bool:
     """Whether this VllmConfig drafts with KnapSpec."""
-    speculative = getattr(vllm_config, "speculative_config", None)
+    return drafts_with_knapspec(getattr(vllm_config, "speculative_config", None))
+
+
+def drafts_with_knapspec(speculative: Any) -> bool:
+    """Whether this SpeculativeConfig, or None, is KnapSpec's."""
     return (
         speculative is not None
         and getattr(speculative, "method", None) == "custom_class"

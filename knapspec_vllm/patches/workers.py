@@ -8,8 +8,11 @@ hook: the proposer measures together or not at all.
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
+from knapspec_vllm.metrics import run_folder
+from knapspec_vllm.metrics.publisher import Publisher
 from knapspec_vllm.patches import apply
 from knapspec_vllm.patches.gpu_model_runner import drafter_of
 from knapspec_vllm.patches.ledger import PATCHES
@@ -37,9 +40,28 @@ def _make_warm_up(original: Any) -> Any:
             with _random_state_kept(runner):
                 drafter.attach(runner)
                 calibrate(drafter)
+            _publish(drafter, self.vllm_config)
         return result
 
     return compile_or_warm_up_model
+
+
+def _publish(drafter: Any, vllm_config: Any) -> None:
+    """From rank 0: the others decide nothing and count the same."""
+    folder = run_folder.current()
+    if folder is None or not drafter.agreement.leads:
+        return
+    alive = weakref.ref(drafter)
+
+    def read() -> dict[str, Any] | None:
+        proposer = alive()
+        return None if proposer is None else proposer.snapshot()
+
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    names = model.served_model_name
+    name = names if isinstance(names, str) else (names or [model.model])[0]
+    engine = getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
+    Publisher(folder, engine, name, read).start()
 
 
 def _random_state_kept(runner: Any) -> Any:

@@ -22,7 +22,8 @@ Part = Literal["plain", "verify", "draft"]
 _RATE = 1.0 / 32.0
 """Weight of the newest round in the moving average, once there are that many."""
 _CLIP = 2.0
-"""A round further off than this factor (a compile, a pause) counts as this."""
+"""A round further off than this factor from what is known (a compile, a pause) counts as this. From
+what is known, not from the prediction: curves may be off by more, and that has to be learned."""
 _VERSION_STEP = 0.005
 """A move of a factor by this much is worth choosing again."""
 _CONTEXT_BUCKET = math.log(2.0)
@@ -49,11 +50,12 @@ class Corrections:
         """One round's part. predicted_us: as the cost model prices it, uncorrected."""
         if not self.enabled or predicted_us <= 0 or time_us <= 0:
             return
-        log_factor = math.log(min(max(time_us / predicted_us, 1.0 / _CLIP), _CLIP))
+        log_factor, clip = math.log(time_us / predicted_us), math.log(_CLIP)
         for bucket in (kind_of(batch), None):
             mean = self._means.setdefault((part, bucket), _Mean())
             mean.count += 1
-            mean.log_factor += max(_RATE, 1.0 / mean.count) * (log_factor - mean.log_factor)
+            step = min(max(log_factor - mean.log_factor, -clip), clip)
+            mean.log_factor += max(_RATE, 1.0 / mean.count) * step
             if abs(mean.log_factor - mean.published) >= _VERSION_STEP:
                 mean.published = mean.log_factor
                 self.version += 1

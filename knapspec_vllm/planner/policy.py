@@ -26,10 +26,13 @@ from knapspec_vllm.planner.types import Batch, Choice, Frontier, Plan, PlanEstim
 _CONTEXT_BUCKET = math.log(1.06)
 """Batches whose context lies within 6% share an evaluation."""
 _CACHE_ENTRIES = 256
-_FIRST_PLAIN, _MOST_TRIES, _PLAIN_EVERY = 4, 16, 256
+_FIRST_PLAIN, _MOST_TRIES = 4, 16
 """Plain rounds to measure before a kind of batch speculates, and how often to try: where requests
-come and go all the time no round can be measured. Then one in so many: that costs about half a
-step, 0.1% of the rounds between."""
+come and go all the time no round can be measured."""
+_PLAIN_COST, _LEAST_EVERY, _MOST_EVERY = 0.005, 8, 256
+"""Then so often that it costs this share of the time, within these rounds. The smaller the speedup,
+the cheaper a plain round, and the more depends on knowing its time: measured once in 256 rounds, a
+plain step believed 15% too long kept a batch of two drafting at a loss (SmolLM2, CPU)."""
 
 
 class Policy:
@@ -101,7 +104,7 @@ class Policy:
             # Nothing is learned while declining, and traffic changes: doubt what was learned.
             self._declined_rounds = 0
             self._acceptance.forget()
-        if self._speculating and self._plain_is_due(batch):
+        if self._speculating and self._plain_is_due(batch, choice.predicted_speedup):
             return self._decline(batch, "measuring", "a round to measure plain decoding")
         return choice
 
@@ -172,7 +175,7 @@ class Policy:
             return (forced,) if forced > 0 else ()
         return tuple(range(1, longest + 1))
 
-    def _plain_is_due(self, batch: Batch) -> bool:
+    def _plain_is_due(self, batch: Batch, speedup: float) -> bool:
         """Whether this round should show what plain decoding takes, instead of drafting."""
         config = self._config
         if config.always_draft or config.draft_length is not None or not self._corrections.enabled:
@@ -180,7 +183,9 @@ class Policy:
         self._since_plain += 1
         kind = kind_of(batch)
         unknown = self._corrections.count("plain", batch) < _FIRST_PLAIN
-        if (unknown and self._tries[kind] < _MOST_TRIES) or self._since_plain >= _PLAIN_EVERY:
+        every = (1.0 - 1.0 / max(speedup, 1.0)) / _PLAIN_COST
+        every = min(max(every, _LEAST_EVERY), _MOST_EVERY)
+        if (unknown and self._tries[kind] < _MOST_TRIES) or self._since_plain >= every:
             self._tries[kind] += 1
             self._since_plain = 0
             return True

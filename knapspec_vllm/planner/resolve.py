@@ -15,8 +15,8 @@ from knapspec_vllm.planner.types import Batch, Frontier, Mode
 
 _GAIN_REALISM = 0.1
 """Share of the gap between the ceiling (every draft accepted) and today that a solve may win."""
-_MIN_SHARE, _MAX_SHARE = 0.005, 0.05
-"""Bounds of the share of serving time that solving may use."""
+_MIN_SHARE, _MAX_SHARE = 0.005, 0.02
+"""Bounds of the share of serving time that solving may use, after the first solve."""
 _MAX_DOUBLINGS = 6
 
 

@@ -11,9 +11,10 @@ import torch
 from engines import engine, force, greedy, proposer_of, text_prompts
 
 from knapspec_vllm.bench.checkpoints import random_checkpoint
-from knapspec_vllm.draft.branches import References, VllmBranches
+from knapspec_vllm.draft.branches import VllmBranches
 from knapspec_vllm.draft.drafter import run_plan
 from knapspec_vllm.draft.metadata import StepMetadata, slots_of
+from knapspec_vllm.draft.references import References
 from knapspec_vllm.models.view import SublayerView
 from knapspec_vllm.planner.types import Plan
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "knapspec_vllm"
 
 # Parts that know no other part; everyone may import them.
-LEAVES = {"config", "compat", "envs", "hardware", "metrics"}
+LEAVES = {"config", "compat", "envs", "hardware", "metrics", "request_options"}
 # Part -> parts it may import besides itself and the leaves. None = all parts.
 ALLOWED: dict[str, set[str] | None] = {
     "": set(),  # knapspec_vllm/__init__.py
@@ -34,11 +34,23 @@ ALLOWED: dict[str, set[str] | None] = {
     # The hook after warm-up is where a worker's engine meets its calibration.
     "patches": {"refusals", "calibration"},
     "plugin": {"patches"},
+    "request_options": set(),
     "bench": None,
+    "commands": None,
     "doctor": None,
     "cli": None,
 }
-MAY_IMPORT_VLLM = {"compat", "models", "draft", "patches", "plugin", "bench", "doctor", "cli"}
+MAY_IMPORT_VLLM = {
+    "compat",
+    "models",
+    "draft",
+    "patches",
+    "plugin",
+    "bench",
+    "commands",
+    "doctor",
+    "cli",
+}
 KERNEL_LIBRARIES = {"torch", "triton"}
 KERNELS = "knapspec_vllm.kernels"
 # Parts that know which vLLM runner calls them.

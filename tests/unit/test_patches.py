@@ -397,12 +397,14 @@ def test_calibration_follows_warm_up_and_keeps_the_seed(
         drafter.calls.append(("calibrate", None))
 
     monkeypatch.setattr("knapspec_vllm.calibration.startup.calibrate", calibrate)
+    monkeypatch.delenv("KNAPSPEC_RUN_FOLDER", raising=False)
 
     class Worker:
         """The shape of vLLM's workers; building a real one loads a model."""
 
         def __init__(self, drafter: Any) -> None:
             self.model_runner = SimpleNamespace(drafter=drafter, device=torch.device("cpu"))
+            self.vllm_config = None
 
         def compile_or_warm_up_model(self) -> str:
             return "times"

@@ -33,9 +33,12 @@ def test_named_files_and_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT))
+SERVE_CONFIGS = sorted(
+    [*(ROOT / "configs/serve").glob("*.yaml"), *(ROOT / "configs/kubernetes").rglob("serve.yaml")]
 )
+
+
+@pytest.mark.parametrize("path", SERVE_CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_serve_configs_parse(path: Path) -> None:
     """vLLM's own parser accepts the file, and our settings in it are known."""
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -45,5 +48,5 @@ def test_serve_configs_parse(path: Path) -> None:
     parser.add_argument("--config")
     arguments = parser.parse_args(["--model", "some/model", "--config", str(path)])
     assert arguments.speculative_config["method"] == "knapspec"
-    KnapSpecConfig.from_mapping(arguments.additional_config["knapspec"])
+    KnapSpecConfig.from_mapping((arguments.additional_config or {}).get("knapspec", {}))
     assert yaml.safe_load(path.read_text())["speculative-config"] == arguments.speculative_config

@@ -55,6 +55,14 @@ def test_outliers_count_as_a_factor_of_two():
     assert made.factor("plain", MANY) == pytest.approx(0.5)
 
 
+def test_a_factor_beyond_the_clip_is_learned():
+    """Twice a round further than what is known, so that four times as long takes two rounds."""
+    made = Corrections()
+    for _ in range(100):
+        made.observe("verify", ONE, 100.0, 500.0)
+    assert made.factor("verify", ONE) == pytest.approx(5.0, rel=0.1)
+
+
 def test_version_grows_only_when_a_factor_moves():
     made = Corrections()
     made.observe("plain", ONE, 100.0, 110.0)

@@ -199,9 +199,10 @@ def test_measures_plain_rounds_before_and_while_speculating():
         choice = made.choose(BATCH, 1)
         assert (choice.plan, choice.code) == (None, "measuring")
         made.observe_step(BATCH, 1, 1000.0)
+    # A speedup of 1.14: a plain round costs an eighth of a round, one in 25 costs 0.5%.
     codes = [made.choose(BATCH, 1).code for _ in range(600)]
-    assert codes.count("measuring") == 2
-    assert codes.count("") == 598
+    assert codes.count("measuring") == 24
+    assert codes.count("") == 576
     # Another kind of batch has to be measured as well; what loses is declined, not measured.
     other = Batch(8, 8 * BATCH.context_tokens)
     assert made.choose(other, 1).code in ("measuring", "no gain")

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the worker that drafts to the process that answers /metrics: one small file, once a second.
+
+vLLM's scheduler statistics have no free field, its messages drop unknown ones, and prometheus
+files of its own (PROMETHEUS_MULTIPROC_DIR) exist only where somebody asked for them before the
+start. So the worker's first rank writes what it counted to a file of the server's run folder, and
+whichever API server process is scraped reads it (`exposition`). The hot path only counts; a thread
+writes, and never touches the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+INTERVAL_SECONDS = 1.0
+RECENT_SECONDS = 60.0
+PREFIX = "engine-"
+
+
+class Publisher:
+    """Writes `read()` to a file whenever it has changed, until `read` returns None."""
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: int,
+        model: str,
+        read: Callable[[], dict[str, Any] | None],
+        interval_seconds: float = INTERVAL_SECONDS,
+    ) -> None:
+        """engine: index of the engine core, for data-parallel servers. model: its served name."""
+        self.path = folder / f"{PREFIX}{engine}.json"
+        self._labels = {"model_name": model, "engine": str(engine)}
+        self._read = read
+        self._interval = interval_seconds
+        self._last = ""
+        #: (time, plain_us, round_us) of the last minute.
+        self._recent: deque[tuple[float, float, float]] = deque()
+        self._thread = threading.Thread(target=self._run, name="knapspec-metrics", daemon=True)
+
+    def start(self) -> None:
+        self.write()
+        self._thread.start()
+
+    def write(self) -> bool:
+        """Publish now. False when there is nothing to read any more."""
+        state = self._read()
+        if state is None:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            return False
+        state["recent_speedup"] = self._recent_speedup(state["stats"])
+        text = json.dumps({"labels": self._labels, "state": state})
+        if text == self._last:
+            return True
+        with contextlib.suppress(OSError):  # the run folder went with its server
+            handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
+            with os.fdopen(handle, "w") as file:
+                file.write(text)
+            os.replace(name, self.path)
+            self._last = text
+        return True
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(self._interval)
+            if not self.write():
+                return
+
+    def _recent_speedup(self, stats: dict[str, Any]) -> float | None:
+        """Over plain decoding, in the last minute; None when no round of it was measured."""
+        now, recent = time.monotonic(), self._recent
+        counted = (now, stats["realised_plain_us"], stats["realised_round_us"])
+        if not recent or counted[2] != recent[-1][2]:
+            recent.append(counted)
+        while len(recent) > 1 and recent[1][0] < now - RECENT_SECONDS:
+            recent.popleft()
+        _, plain_us, round_us = recent[0]
+        taken_us = counted[2] - round_us
+        return (counted[1] - plain_us) / taken_us if taken_us > 0 else None

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one request may ask for, through the OpenAI request's `vllm_xargs`.
+
+    {"model": ..., "messages": [...], "vllm_xargs": {"knapspec_draft_length": 0}}
+
+0 opts out of speculation, n drafts at most n tokens a round for this request; others in the same
+batch are not affected. In Python: `SamplingParams(extra_args={"knapspec_draft_length": 0})`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+DRAFT_LENGTH = "knapspec_draft_length"
+
+
+def draft_limit(extra_args: Mapping[str, Any] | None) -> int | None:
+    """Most tokens to draft a round for a request; None where it does not say.
+
+    Raises ValueError, naming the key, for a value that is not a whole number of 0 or more.
+    """
+    if not extra_args or DRAFT_LENGTH not in extra_args:
+        return None
+    value = extra_args[DRAFT_LENGTH]
+    # vLLM's request schema may have made a float or text of a number.
+    try:
+        number = int(value)
+        exact = not isinstance(value, bool) and number == float(value)
+    except (TypeError, ValueError, OverflowError):
+        exact = False
+    if not exact or number < 0:
+        raise ValueError(
+            f"vllm_xargs['{DRAFT_LENGTH}'] is {value!r}; write a whole number: 0 to decode this "
+            "request without speculation, n to draft at most n tokens a round."
+        )
+    return number
+
+
+def check(extra_args: Mapping[str, Any] | None) -> None:
+    """Raises ValueError for a bad value, and for a key that only resembles ours."""
+    draft_limit(extra_args)
+    for key in extra_args or ():
+        near = difflib.get_close_matches(key, [DRAFT_LENGTH], n=1, cutoff=0.5)
+        if key != DRAFT_LENGTH and (near or str(key).startswith("knapspec")):
+            raise ValueError(f"unknown vllm_xargs key '{key}'; did you mean '{DRAFT_LENGTH}'?")

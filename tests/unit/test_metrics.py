@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From counters to a /metrics page: buckets, the worker's file, the collector."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+from prometheus_client.parser import text_string_to_metric_families
+
+from knapspec_vllm.metrics import exposition, run_folder
+from knapspec_vllm.metrics.families import FAMILIES
+from knapspec_vllm.metrics.histogram import Histogram
+from knapspec_vllm.metrics.publisher import Publisher
+from knapspec_vllm.metrics.stats import Stats, context_bucket
+
+
+def stats() -> Stats:
+    made = Stats()
+    made.add_choice(4, True, "")
+    made.drafting_rounds = 1
+    made.add_choice(3, False, "no gain")
+    made.add_verified(accepted=2, drafted=3, context=5000)
+    made.add_verified(accepted=0, drafted=1, context=10)
+    made.add_solve(200_000.0)
+    made.add_round(step_us=900_000.0, own_us=1e5, draft_us=5e5)
+    made.add_prediction(speedup=1.5, round_us=1e6, plain_us=3e6, time_us=2e6)
+    made.clipped_rows["request"] += 2
+    return made
+
+
+def state(of: Stats) -> dict:
+    return {
+        "stats": of.as_dict(),
+        "drafting": True,
+        "skipped": {"attention": 3, "mlp": 1},
+        "windowed": 2,
+        "layers": 30,
+        "draft_length": 4,
+        "predicted_speedup": 1.5,
+        "believed_acceptance": 0.9,
+        "calibration": {"hardware": "a CPU", "source": "stored", "measured_at": 1.0},
+        "memory_bytes": {"solver": 1000},
+    }
+
+
+def samples(registry: CollectorRegistry) -> dict[tuple[str, tuple], float]:
+    """(name, label items without those of the engine) -> value, as a scraper reads the page."""
+    found = {}
+    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+        for sample in family.samples:
+            labels = {k: v for k, v in sample.labels.items() if k not in ("model_name", "engine")}
+            found[sample.name, tuple(sorted(labels.items()))] = sample.value
+    return found
+
+
+def test_histogram_bounds_are_inclusive() -> None:
+    made = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 2.0, 9.0):
+        made.observe(value)
+    assert made.as_dict() == {"counts": [2, 2, 1], "sum": 14.0}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "label"),
+    [(0, "0-1023"), (1023, "0-1023"), (1024, "1024-4095"), (65536, "65536+"), (10**7, "65536+")],
+)
+def test_context_buckets(tokens: int, label: str) -> None:
+    assert context_bucket(tokens) == label
+
+
+def test_a_page_shows_what_was_counted(tmp_path: Path) -> None:
+    of = stats()
+    publisher = Publisher(tmp_path, 0, "a model", lambda: state(of))
+    assert publisher.write()
+    registry = CollectorRegistry()
+    exposition.register(registry, tmp_path)
+    exposition.register(registry, tmp_path)  # the second time does nothing
+    found = samples(registry)
+    assert found["knapspec:rounds_total", ()] == 2
+    assert found["knapspec:skipped_steps_total", (("reason", "no gain"),)] == 1
+    assert found["knapspec:draft_tokens_total", (("context", "4096-16383"),)] == 3
+    assert found["knapspec:accepted_tokens_total", (("context", "4096-16383"),)] == 2
+    assert found["knapspec:accepted_tokens_total", (("context", "0-1023"),)] == 0
+    assert found["knapspec:accepted_tokens_per_pos_total", (("position", "1"),)] == 1
+    assert found["knapspec:draft_tokens_per_pos_total", (("position", "0"),)] == 2
+    assert found["knapspec:phase_seconds_total", (("phase", "verify"),)] == pytest.approx(0.9)
+    assert found["knapspec:phase_seconds_total", (("phase", "plan"),)] == pytest.approx(0.2)
+    assert found["knapspec:plan_solve_seconds_bucket", (("le", "0.1"),)] == 0
+    assert found["knapspec:plan_solve_seconds_bucket", (("le", "0.3"),)] == 1
+    assert found["knapspec:plan_solve_seconds_count", ()] == 1
+    assert found["knapspec:plan_solve_seconds_sum", ()] == pytest.approx(0.2)
+    batch = (("drafting", "true"), ("le", "4.0"))
+    assert found["knapspec:batch_size_bucket", batch] == 1
+    assert found["knapspec:round_seconds_total", (("source", "observed"), ("what", "plain"))] == 3
+    assert found["knapspec:plan_skipped_blocks", (("kind", "attention"),)] == 3
+    assert found["knapspec:enabled", ()] == 1
+    assert found["knapspec:clipped_rows_total", (("reason", "request"),)] == 2
+    assert found["knapspec:calibration_info", (("hardware", "a CPU"), ("source", "stored"))] == 1
+    assert found["knapspec:calibration_age_seconds", ()] > 1e6
+    names = {name for name, _ in found}
+    for family in FAMILIES:
+        if family.name != "estimated_speedup_ratio":  # needs two readings
+            assert set(family.exposed) <= names, family.name
+
+
+def test_several_engines_and_a_broken_file(tmp_path: Path) -> None:
+    for engine in (0, 1):
+        Publisher(tmp_path, engine, "m", lambda: state(stats())).write()
+    (tmp_path / "engine-2.json").write_text('{"labels"')
+    registry = CollectorRegistry()
+    exposition.register(registry, tmp_path)
+    page = generate_latest(registry).decode()
+    assert 'knapspec:rounds_total{engine="0",model_name="m"} 2.0' in page
+    assert 'knapspec:rounds_total{engine="1",model_name="m"} 2.0' in page
+    assert 'engine="2"' not in page
+
+
+def test_before_the_first_request(tmp_path: Path) -> None:
+    """An engine that has not planned yet has counters and nothing else."""
+    Publisher(tmp_path, 0, "m", lambda: {"stats": Stats().as_dict()}).write()
+    registry = CollectorRegistry()
+    exposition.register(registry, tmp_path)
+    found = samples(registry)
+    assert found["knapspec:rounds_total", ()] == 0
+    assert ("knapspec:enabled", ()) not in found
+
+
+def test_speedup_of_the_last_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, of = [100.0], Stats()
+    monkeypatch.setattr("knapspec_vllm.metrics.publisher.time.monotonic", lambda: clock[0])
+    publisher = Publisher(tmp_path, 0, "m", lambda: state(of))
+
+    def speedup() -> float | None:
+        publisher.write()
+        return json.loads(publisher.path.read_text())["state"]["recent_speedup"]
+
+    assert speedup() is None
+    of.add_prediction(1.0, 1e6, plain_us=2e6, time_us=1e6)
+    clock[0] += 30
+    assert speedup() == pytest.approx(2.0)
+    of.add_prediction(1.0, 1e6, plain_us=1e6, time_us=1e6)
+    clock[0] += 40  # the first reading is now older than a minute, the second is not
+    assert speedup() == pytest.approx(1.5)
+    clock[0] += 50
+    assert speedup() == pytest.approx(1.0)
+    clock[0] += 61
+    assert speedup() is None  # nothing was measured in this minute
+
+
+def test_the_file_goes_with_its_engine(tmp_path: Path) -> None:
+    answers = [state(stats()), None]
+    publisher = Publisher(tmp_path, 0, "m", lambda: answers.pop(0))
+    assert publisher.write()
+    assert publisher.path.exists()
+    assert not publisher.write()
+    assert not publisher.path.exists()
+
+
+def test_run_folder_reaches_children_and_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KNAPSPEC_RUN_FOLDER", raising=False)
+    monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "MINE")
+    assert run_folder.current() is None
+    folder = run_folder.create()
+    assert run_folder.create() == folder == run_folder.current()
+    assert os.environ["KNAPSPEC_RUN_FOLDER"] == str(folder)
+    copied = os.environ["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"].split(",")
+    assert copied == ["MINE", "KNAPSPEC_RUN_FOLDER", "KNAPSPEC_KERNELS"]
+    run_folder._remove(folder, os.getpid() + 1)  # a forked child's exit
+    assert folder.is_dir()
+    run_folder._remove(folder, os.getpid())
+    assert run_folder.current() is None
+
+
+def test_vllm_shows_it_with_one_and_with_several_api_servers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The registry of PROMETHEUS_MULTIPROC_DIR leaves out all collectors but its own."""
+    from vllm.v1.metrics import prometheus
+
+    from knapspec_vllm.plugin import register
+
+    register()
+    monkeypatch.setenv("KNAPSPEC_RUN_FOLDER", str(tmp_path))
+    Publisher(tmp_path, 0, "m", lambda: state(stats())).write()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    registry = prometheus.get_prometheus_registry()
+    collectors = list(registry._collector_to_names)
+    assert any(isinstance(c, multiprocess.MultiProcessCollector) for c in collectors)
+    assert samples(registry)["knapspec:rounds_total", ()] == 2
+    monkeypatch.delenv("KNAPSPEC_RUN_FOLDER")
+    assert not samples(prometheus.get_prometheus_registry())
