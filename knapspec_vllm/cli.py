@@ -12,6 +12,7 @@ from knapspec_vllm import __version__
 from knapspec_vllm.bench import options
 from knapspec_vllm.bench.options import json_object, positive
 from knapspec_vllm.commands import calibrate, serve_args, top
+from knapspec_vllm.commands.output import answers_only
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,18 +119,20 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from knapspec_vllm.bench.plan_report import format_table, plan_tables, save_picture
 
-    tables = plan_tables(
-        arguments.model,
-        arguments.batch,
-        arguments.context,
-        arguments.engine_args,
-        arguments.settings,
-        arguments.num_speculative_tokens,
-    )
-    if arguments.json:
-        print(json.dumps([table.as_dict() for table in tables], indent=1))
-    else:
-        print("\n\n".join(format_table(table, arguments.most) for table in tables))
+    with answers_only() as answer:
+        tables = plan_tables(
+            arguments.model,
+            arguments.batch,
+            arguments.context,
+            arguments.engine_args,
+            arguments.settings,
+            arguments.num_speculative_tokens,
+        )
+        if arguments.json:
+            text = json.dumps([table.as_dict() for table in tables], indent=1)
+        else:
+            text = "\n\n".join(format_table(table, arguments.most) for table in tables)
+        print(text, file=answer)
     if arguments.picture is not None:
         save_picture(tables, arguments.picture)
         print(f"wrote {arguments.picture}", file=sys.stderr)

@@ -11,11 +11,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from knapspec_vllm.bench.options import json_object, positive
-from knapspec_vllm.planner.costs import CostModel
-from knapspec_vllm.planner.types import Batch, Frontier, Mode, Plan
+from knapspec_vllm.commands.output import answers_only
+
+if TYPE_CHECKING:
+    from knapspec_vllm.planner.costs import CostModel
 
 DESCRIPTION = """\
 Starts the model as a server would, measures its cost curves, solves for plans on text, and stores
@@ -98,18 +100,23 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    options = engine_options(arguments)
-    if arguments.ray:
-        from knapspec_vllm.commands.fleet import calibrate_fleet
-
-        reports = calibrate_fleet(arguments.model, options, arguments.batch, arguments.context)
-    else:
-        reports = [calibrate(arguments.model, options, arguments.batch, arguments.context)]
-    if arguments.json:
-        print(json.dumps([report.as_dict() for report in reports], indent=1))
-    else:
-        print("\n\n".join(format_report(report) for report in reports))
+    with answers_only() as answer:
+        reports = _reports(arguments)
+        if arguments.json:
+            text = json.dumps([report.as_dict() for report in reports], indent=1)
+        else:
+            text = "\n\n".join(format_report(report) for report in reports)
+        print(text, file=answer)
     return 0
+
+
+def _reports(arguments: argparse.Namespace) -> list[Report]:
+    options = engine_options(arguments)
+    if not arguments.ray:
+        return [calibrate(arguments.model, options, arguments.batch, arguments.context)]
+    from knapspec_vllm.commands.fleet import calibrate_fleet
+
+    return calibrate_fleet(arguments.model, options, arguments.batch, arguments.context)
 
 
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -171,6 +178,8 @@ def calibrate(
 
     from knapspec_vllm.bench.inspection import knapspec_costs, request_solve
     from knapspec_vllm.bench.plan_report import reference_tokens
+    from knapspec_vllm.planner.costs import CostModel
+    from knapspec_vllm.planner.types import Frontier
 
     start = time.perf_counter()
     _say(f"starting {model} and measuring")
@@ -209,6 +218,8 @@ def calibrate(
 
 
 def _price(costs: CostModel, rows: int, context: int, draft_length: int) -> Price:
+    from knapspec_vllm.planner.types import Batch, Mode, Plan
+
     batch = Batch(rows, rows * context)
     layers = costs.num_layers
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from knapspec_vllm.commands.calibrate import Report
+from knapspec_vllm.commands.output import answers_only
 from knapspec_vllm.hardware import cpu_name
 
 _ACCELERATOR = "accelerator_type:"
@@ -150,11 +151,9 @@ def main() -> None:
     """One calibration, told by standard input, in a process of its own on a node."""
     from knapspec_vllm.commands.calibrate import calibrate
 
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # vLLM logs to stdout
-    report = calibrate(*json.loads(sys.stdin.read()))
-    answers.write(json.dumps(report.as_dict()) + "\n")
-    answers.close()
+    with answers_only() as answer:
+        report = calibrate(*json.loads(sys.stdin.read()))
+        print(json.dumps(report.as_dict()), file=answer)
 
 
 if __name__ == "__main__":

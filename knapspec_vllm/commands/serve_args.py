@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from knapspec_vllm.bench.options import json_object, positive
+from knapspec_vllm.commands.output import answers_only
 from knapspec_vllm.config import ADDITIONAL_CONFIG_KEY, KnapSpecConfig
 
 DESCRIPTION = """\
@@ -50,10 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
         "method": "knapspec",
         "num_speculative_tokens": arguments.num_speculative_tokens,
     }
-    if arguments.model is not None and (refused := _refusals(arguments, speculative, settings)):
+    if arguments.model is not None:
+        with answers_only():
+            refused = _refusals(arguments, speculative, settings)
         for sentence in refused:
             print(f"knapspec: {sentence}", file=sys.stderr)
-        return 1
+        if refused:
+            return 1
     additional = {ADDITIONAL_CONFIG_KEY: settings} if settings else {}
     print(render(arguments.format, arguments.model or "MODEL", speculative, additional))
     return 0

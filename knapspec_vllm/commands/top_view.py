@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-_WIDTH = 36
+_WIDTH = 49
 _FULL, _EMPTY = "█", "░"
 #: Phase of a round -> its colour; the order is that of the bar.
 _PHASES = {"verify": "cyan", "draft": "green", "plan": "magenta", "overhead": "yellow"}
@@ -114,10 +114,10 @@ def _declined(facts: dict[str, Any]) -> Panel:
     for reason, count in sorted(facts["declined"].items(), key=lambda item: -item[1]):
         share = count / rounds if rounds else 0.0
         lines[REASONS.get(reason, reason)] = Text(f"{bar(share, 30)} {share:.0%} of rounds")
-    return _facts("Why not", lines or {"every round drafted": ""}, width=2 * _WIDTH + 9)
+    return _facts("Why not", lines or {"every round drafted": ""}, width=2 * _WIDTH + 1)
 
 
-def _facts(title: str, lines: dict[str, Any], width: int = _WIDTH + 6) -> Panel:
+def _facts(title: str, lines: dict[str, Any], width: int = _WIDTH) -> Panel:
     table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
     for name, value in lines.items():
         table.add_row(Text(name, style="dim"), value)

@@ -34,6 +34,9 @@ from knapspec_vllm.request_options import draft_limit
 
 logger = logging.getLogger("vllm.knapspec")
 
+#: What can keep a row from drafting the maximum, in the order in which `_candidates` asks.
+_BOUNDS = ("request", "slots", "max_model_len", "max_tokens")
+
 
 class KnapSpecProposer:
     """Drafts with the target's own sublayers. Constructed by vLLM with its VllmConfig."""
@@ -191,6 +194,8 @@ class KnapSpecProposer:
         """Acceptance of the drafts that vLLM has just verified."""
         assert self.planning is not None
         scheduled = scheduler_output.scheduled_spec_decode_tokens
+        if not scheduled and not self._drafted:
+            return
         for req_id, sampled in zip(runner.input_batch.req_ids, sampled_token_ids, strict=False):
             drafted = self._drafted.get(req_id)
             count = len(scheduled.get(req_id, ()))
@@ -219,7 +224,7 @@ class KnapSpecProposer:
     ) -> Candidates:
         """The rows that have just got a token, with how many tokens each may draft."""
         assert self.engine is not None
-        state = runner.input_batch
+        state, req_ids = runner.input_batch, runner.input_batch.req_ids
         index = [i for i, sampled in enumerate(sampled_token_ids) if sampled]
         most = getattr(scheduler_output, "num_spec_tokens_to_schedule", None)
         most = self.num_speculative_tokens if most is None else int(most)
@@ -227,21 +232,21 @@ class KnapSpecProposer:
         blocks = state.block_table[0].num_blocks_per_row
         limits = []
         for i, position in zip(index, positions, strict=True):
-            request = runner.requests[state.req_ids[i]]
+            request = runner.requests[req_ids[i]]
             asked = draft_limit(getattr(request.sampling_params, "extra_args", None))
-            bounds = {
-                "request": most if asked is None else asked,
-                "slots": int(blocks[i]) * self.engine.block_size - position,
-                "max_model_len": self.engine.max_model_len - 2 - position,
-                "max_tokens": _remaining_tokens(request, position) - 1,
-            }
-            reason, bound = min(bounds.items(), key=lambda item: item[1])
+            bounds = (
+                most if asked is None else asked,
+                int(blocks[i]) * self.engine.block_size - position,
+                self.engine.max_model_len - 2 - position,
+                _remaining_tokens(request, position) - 1,
+            )
+            bound = min(bounds)
             if bound < most:
-                self.stats.clipped_rows[reason] += 1
+                self.stats.clipped_rows[_BOUNDS[bounds.index(bound)]] += 1
             limits.append(max(0, min(bound, most)))
         return Candidates(
             index=index,
-            req_ids=[state.req_ids[i] for i in index],
+            req_ids=[req_ids[i] for i in index],
             tokens=[sampled_token_ids[i][-1] for i in index],
             positions=positions,
             limits=limits,

@@ -4,8 +4,7 @@
 Evaluates the speedup of every plan for every draft length for the current batch. Speculation
 starts above `min_speedup`, and only if it would not lose at the lower end of what acceptance may
 be; it stops half-way between that and 1. The current plan and draft length stay unless another is
-better by `hysteresis`. What plain decoding takes is measured too, in rounds that do not draft: a
-speedup is worth no more than what it is a multiple of. Pure Python on plain numbers.
+better by `hysteresis`. What plain decoding takes is measured too. Pure Python.
 """
 
 from __future__ import annotations
@@ -30,9 +29,8 @@ _FIRST_PLAIN, _MOST_TRIES = 4, 16
 """Plain rounds to measure before a kind of batch speculates, and how often to try: where requests
 come and go all the time no round can be measured."""
 _PLAIN_COST, _LEAST_EVERY, _MOST_EVERY = 0.005, 8, 256
-"""Then so often that it costs this share of the time, within these rounds. The smaller the speedup,
-the cheaper a plain round, and the more depends on knowing its time: measured once in 256 rounds, a
-plain step believed 15% too long kept a batch of two drafting at a loss (SmolLM2, CPU)."""
+"""Then so often that it costs this share of the time, within these rounds. Measured once in 256
+rounds, a plain step believed 15% too long kept a batch of two drafting at a loss (SmolLM2)."""
 
 
 class Policy:
@@ -95,18 +93,21 @@ class Policy:
     def choose(self, batch: Batch, max_draft_length: int) -> Choice:
         """What to do this round; max_draft_length: what the batch has room for."""
         choice = self._decide(batch, max_draft_length)
+        self.count(choice)
+        if self._speculating and self._plain_is_due(batch, choice.predicted_speedup):
+            return self._decline(batch, "measuring", "a round to measure plain decoding")
+        return choice
+
+    def count(self, choice: Choice) -> None:
+        """A round goes by this choice; `choose` counts its own."""
         self._speculating = choice.plan is not None
         self._current = None if choice.plan is None else (choice.plan, choice.draft_length)
         self._last = choice
         self._resolve.note_round(self._speculating, choice.round_us)
         self._declined_rounds = 0 if self._speculating else self._declined_rounds + 1
         if self._declined_rounds >= self._config.resolve_rounds:
-            # Nothing is learned while declining, and traffic changes: doubt what was learned.
-            self._declined_rounds = 0
+            self._declined_rounds = 0  # nothing is learned while declining, and traffic changes
             self._acceptance.forget()
-        if self._speculating and self._plain_is_due(batch, choice.predicted_speedup):
-            return self._decline(batch, "measuring", "a round to measure plain decoding")
-        return choice
 
     def explain(self, batch: Batch) -> list[tuple[Plan, int, float, float]]:
         """(plan, best draft length, alpha, predicted speedup) of every plan, best first."""
@@ -124,8 +125,8 @@ class Policy:
 
     def observe_step(self, batch: Batch, tokens_per_row: int, time_us: float) -> None:
         """Learns what a round without its drafting took; tokens_per_row > 1: it verified."""
-        part: Literal["plain", "verify"] = "verify" if tokens_per_row > 1 else "plain"
         predicted_us = self._costs.step_us(batch, tokens_per_row)
+        part: Literal["plain", "verify"] = "verify" if tokens_per_row > 1 else "plain"
         self._corrections.observe(part, batch, predicted_us, time_us)
 
     def observe_draft(self, batch: Batch, plan: Plan, forwards: int, time_us: float) -> None:
@@ -134,14 +135,12 @@ class Policy:
         self._corrections.observe("draft", batch, predicted_us, time_us)
 
     def plain_us(self, batch: Batch) -> float:
-        """A plain decode step of the batch as rounds have shown it to be, microseconds."""
+        """A plain decode step as rounds have shown it to be, microseconds."""
         return self._corrections.factor("plain", batch) * self._costs.step_us(batch, 1)
 
     def resolve_reason(self, batch: Batch, reference_ready: bool) -> str | None:
-        """Why to solve now: "first", "drift", "range" or "age"; None: do not.
-
-        reference_ready: enough committed tokens are at hand to judge plans on.
-        """
+        """Why to solve now: "first", "drift", "range" or "age"; None: do not. reference_ready:
+        enough committed tokens are at hand to judge plans on."""
         if not reference_ready or self._forced or not self._config.resolve:
             return None
         lengths = self._lengths(self._max_draft_length)
@@ -250,7 +249,7 @@ class Policy:
 
     def _table(self, batch: Batch, lengths: tuple[int, ...]) -> SpeedupTable:
         self._renew_caches()
-        key = (batch.rows, _context_bucket(batch), lengths[-1])
+        key = (batch.rows, context_bucket(batch), lengths[-1])
         table = self._tables.get(key)
         if table is None:
             assert self._frontier is not None
@@ -270,7 +269,7 @@ class Policy:
     def _ceiling(self, batch: Batch, lengths: tuple[int, ...]) -> float:
         """Speedup if the cheapest plan the settings allow had every draft accepted."""
         self._renew_caches()
-        key = (batch.rows, _context_bucket(batch))
+        key = (batch.rows, context_bucket(batch))
         if key not in self._ceilings:
             self._ceilings[key] = self._new_ceiling(batch, lengths)
         return self._ceilings[key]
@@ -296,5 +295,6 @@ class Policy:
         )
 
 
-def _context_bucket(batch: Batch) -> int:
+def context_bucket(batch: Batch) -> int:
+    """Batches of one bucket are decided alike."""
     return int(math.log1p(batch.context_tokens) / _CONTEXT_BUCKET)

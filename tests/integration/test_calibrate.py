@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`knapspec calibrate`, here and over a Ray cluster; an engine then starts with what it stored."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engines import engine, greedy, proposer_of, text_prompts
+
+from knapspec_vllm.planner.costs import CostModel
+
+pytestmark = pytest.mark.slow
+
+CONFIG = """\
+dtype: float32
+enforce-eager: true
+max-model-len: 512
+max-num-seqs: 4
+port: 9999
+speculative-config:
+  method: knapspec
+  num_speculative_tokens: 4
+additional-config:
+  knapspec:
+    calibration_seconds: 3.0
+"""
+
+
+def calibrate(model: Path, folder: Path, *arguments: str, **variables: str) -> list[dict]:
+    config = folder / "serve.yaml"
+    config.write_text(CONFIG)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "knapspec_vllm.cli", "calibrate", str(model),
+            "--serve-config", str(config), "--store", str(folder / "store"),
+            "--batch", "1", "4", "--context", "64", "300", "9000", "--json", *arguments,
+        ],
+        capture_output=True, text=True, timeout=400, check=False,
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", **variables},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout[done.stdout.index("[\n") :])
+
+
+def check(report: dict, folder: Path) -> None:
+    path = Path(report["path"])
+    assert path.parent == folder / "store"
+    entry = json.loads(path.read_text())
+    costs = CostModel.from_json(entry["costs"])
+    assert costs.num_layers == 30
+    assert report["plans"] == len(entry["frontier"]["estimates"]) > 3
+    # Contexts beyond max_model_len are cut to what there is room for.
+    shown = {(price["batch"], price["context"]) for price in report["prices"]}
+    assert shown == {(1, 64), (1, 300), (1, 504), (4, 64), (4, 300), (4, 504)}
+    for price in report["prices"]:
+        assert 0 < price["empty_ms"] < price["draft_ms"]
+        assert 0 < price["step_ms"] <= price["verify_ms"]
+
+
+def test_an_engine_uses_it(smollm2_path: Path, tmp_path: Path) -> None:
+    (report,) = calibrate(smollm2_path, tmp_path)
+    check(report, tmp_path)
+    before = Path(report["path"]).read_text()
+    knapspec = {"calibration": "auto", "store_dir": str(tmp_path / "store")}
+    settings = {"max_model_len": 512, "max_num_seqs": 4, "num_speculative_tokens": 4}
+    with engine(smollm2_path, knapspec, **settings) as llm:
+        proposer = proposer_of(llm)
+        assert proposer.calibration["source"] == "stored"
+        assert proposer.planning.policy.frontier.source == "stored"
+        greedy(llm, text_prompts(smollm2_path, (40,)), 8)
+        assert proposer.stats.solves == 0
+    assert json.loads(before)["costs"] == json.loads(Path(report["path"]).read_text())["costs"]
+
+
+def test_over_a_ray_cluster(smollm2_path: Path, tmp_path: Path) -> None:
+    """One kind of node here; entries travel through Ray and not through a shared folder."""
+    pytest.importorskip("ray")
+    (report,) = calibrate(smollm2_path, tmp_path, "--ray", RAY_USAGE_STATS_ENABLED="0")
+    check(report, tmp_path)
+
+
+def test_another_method_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text("speculative-config: {method: ngram, num_speculative_tokens: 3}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "knapspec_vllm.cli", "calibrate", "m", "--serve-config", config],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "selects the method 'ngram'" in done.stderr

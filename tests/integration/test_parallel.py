@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two tensor-parallel ranks, as processes of vLLM's own and as Ray actors: the tokens of one rank.
+
+Plans are decided on rank 0 and broadcast; ranks that ran different sublayers would hang or differ.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from knapspec_vllm.bench.checkpoints import random_checkpoint
+
+pytestmark = pytest.mark.slow
+
+#: Prints the tokens, what was counted, and what each rank has drafted.
+PROGRAM = """
+import json, sys
+from vllm import LLM, SamplingParams
+from knapspec_vllm.bench.inspection import knapspec_snapshot
+settings, prompts = json.loads(sys.argv[1])
+llm = LLM(**settings)
+params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+requests = [{"prompt_token_ids": ids} for ids in prompts]
+tokens = [list(o.outputs[0].token_ids) for o in llm.generate(requests, params, use_tqdm=False)]
+ranks = [json.loads(text) for text in llm.collective_rpc(knapspec_snapshot)]
+llm.llm_engine.engine_core.shutdown()
+print("RESULT", json.dumps([tokens, ranks]))
+"""
+PROMPTS = [[3 + (7 * i + n) % 200 for i in range(n)] for n in (9, 40, 90)]
+KNAPSPEC = {
+    "method": "knapspec",
+    "num_speculative_tokens": 5,
+    "always_draft": True,
+    "calibration": "force",
+    "calibration_seconds": 2.0,
+}
+
+
+def run(model: Path, **settings: object) -> tuple[list[list[int]], list[dict | None]]:
+    settings = {
+        "model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 256,
+        "max_num_seqs": 4, "skip_tokenizer_init": True, **settings,
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps([settings, PROMPTS])],
+        capture_output=True, text=True, timeout=500, check=False, stdin=subprocess.DEVNULL,
+        env={
+            **os.environ, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+            "RAY_USAGE_STATS_ENABLED": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    return tuple(json.loads(line.removeprefix("RESULT ")))
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return random_checkpoint("Qwen3ForCausalLM")
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[list[int]]:
+    """Plain vLLM's, with one rank."""
+    return run(model)[0]
+
+
+@pytest.mark.parametrize("backend", ["mp", "ray"])
+def test_two_ranks_give_the_tokens_of_one(
+    model: Path, expected: list[list[int]], backend: str
+) -> None:
+    if backend == "ray" and importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed")
+    tokens, ranks = run(
+        model, tensor_parallel_size=2, distributed_executor_backend=backend,
+        speculative_config=KNAPSPEC,
+    )  # fmt: skip
+    assert tokens == expected
+    first, second = ranks
+    assert first is not None
+    assert second is not None
+    assert first["stats"]["draft_tokens"] > 0
+    # Both ranks ran the same plan over the same tokens.
+    for name in ("draft_tokens", "accepted_tokens", "drafting_rounds", "rounds", "solves"):
+        assert first["stats"][name] == second["stats"][name], name
+    assert first["plan_text"] == second["plan_text"]

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docker/ and configs/ against the schemas and parsers of those who will read them."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from knapspec_vllm.bench.checkpoints import random_checkpoint
+from knapspec_vllm.config import KnapSpecConfig
+from knapspec_vllm.metrics.families import FAMILIES
+from tests.monitoring import ALERTS, METRIC, MONITORING, alert_queries, dashboard_queries
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCKER, KUBERNETES = ROOT / "docker", ROOT / "configs" / "kubernetes"
+CORE = {"v1", "apps/v1", "policy/v1", "autoscaling/v2"}
+DOCKERFILES = [DOCKER / name for name in ("Dockerfile", "Dockerfile.cpu", "Dockerfile.ray")]
+#: Where vLLM 0.26, 0.32 and 0.33 keep the parser of `vllm serve`.
+PARSER_MODULES = tuple(
+    f"vllm.entrypoints.{place}.cli_args" for place in ("openai", "launchers", "common")
+)
+OVERLAYS = sorted((KUBERNETES / "overlays").iterdir())
+
+
+def documents(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    return [
+        (path, document)
+        for path in sorted(folder.rglob("*.yaml"))
+        for document in yaml.safe_load_all(path.read_text())
+        if "apiVersion" in document
+    ]
+
+
+def merged(base: Any, patch: Any) -> Any:
+    """Kubernetes' strategic merge, as far as these overlays use it: lists of named things."""
+    if isinstance(base, dict) and isinstance(patch, dict):
+        return {
+            **base,
+            **{k: merged(base[k], v) if k in base else v for k, v in patch.items()},
+        }
+    if isinstance(base, list) and all(isinstance(x, dict) and "name" in x for x in [*base, *patch]):
+        found = {item["name"]: item for item in base}
+        for item in patch:
+            found[item["name"]] = merged(found.get(item["name"], {}), item)
+        return list(found.values())
+    return patch
+
+
+def overlay_deployment(overlay: Path) -> dict[str, Any]:
+    base = yaml.safe_load((KUBERNETES / "base" / "deployment.yaml").read_text())
+    return merged(base, yaml.safe_load((overlay / "deployment.yaml").read_text()))
+
+
+def parse_serve(arguments: list[str]) -> Any:
+    """What `vllm serve` makes of its arguments, by its own parser."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from knapspec_vllm.plugin import register
+
+    register()
+    cli_args = next(filter(None, map(_module, PARSER_MODULES)))
+    parsed = cli_args.make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+    cli_args.validate_parsed_serve_args(parsed)
+    return parsed
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return None
+
+
+def check_selected(speculative: dict[str, Any], additional: dict[str, Any] | None) -> None:
+    assert speculative["method"] == "knapspec"
+    KnapSpecConfig.from_mapping((additional or {}).get("knapspec", {}))
+
+
+@pytest.mark.parametrize(
+    ("path", "document"),
+    [pytest.param(p, d, id=p.name) for p, d in documents(KUBERNETES / "base")
+     if d["apiVersion"] in CORE],
+)  # fmt: skip
+def test_manifests_are_what_kubernetes_takes(path: Path, document: dict[str, Any]) -> None:
+    import kubernetes_validate
+
+    kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_a_misspelt_manifest_would_be_found() -> None:
+    import kubernetes_validate
+
+    document = yaml.safe_load((KUBERNETES / "base" / "deployment.yaml").read_text())
+    document["spec"]["template"]["spec"]["containers"][0]["startupprobe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
+def test_overlays(overlay: Path) -> None:
+    """The patched deployment is valid, its command line parses, its references exist."""
+    import kubernetes_validate
+
+    kustomization = yaml.safe_load((overlay / "kustomization.yaml").read_text())
+    base = overlay / kustomization["resources"][0]
+    listed = yaml.safe_load((base / "kustomization.yaml").read_text())["resources"]
+    assert sorted(listed) == sorted(
+        path.name for path in base.glob("*.yaml") if path.name != "kustomization.yaml"
+    )
+    deployment = overlay_deployment(overlay)
+    kubernetes_validate.validate(deployment, kubernetes_validate.latest_version(), strict=True)
+    pod = deployment["spec"]["template"]
+    assert deployment["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
+    (container,) = pod["spec"]["containers"]
+    assert container["image"] == kustomization["images"][0]["name"]
+    variables = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert variables["MODEL"] != "set-by-overlay"
+    (generated,) = kustomization["configMapGenerator"]
+    volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+    assert volumes["config"]["configMap"]["name"] == generated["name"]
+    (config,) = generated["files"]
+    arguments = [re.sub(r"\$\((\w+)\)", lambda m: variables[m[1]], a) for a in container["args"]]
+    place = arguments.index("--config") + 1
+    assert arguments[place] == f"/etc/knapspec/{config}"
+    arguments[place] = str(overlay / config)
+    parsed = parse_serve(arguments)
+    assert parsed.model_tag == variables["MODEL"]
+    check_selected(parsed.speculative_config, parsed.additional_config)
+    ports = [port["containerPort"] for port in container["ports"]]
+    assert parsed.port in ports
+
+
+def test_probes_leave_time_for_the_first_start() -> None:
+    """Twenty minutes: loading, compiling, capturing, calibrating."""
+    container = overlay_deployment(OVERLAYS[0])["spec"]["template"]["spec"]["containers"][0]
+    probe = container["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= 1200
+    values = yaml.safe_load((KUBERNETES / "production-stack" / "values.yaml").read_text())
+    probe = values["servingEngineSpec"]["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= 1200
+
+
+def test_service_and_monitor_find_the_pods() -> None:
+    base = {d["kind"]: d for _, d in documents(KUBERNETES / "base")}
+    labels = base["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert base["Service"]["spec"]["selector"] == labels
+    assert base["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
+    monitor = base["ServiceMonitor"]["spec"]
+    assert (
+        monitor["selector"]["matchLabels"].items() <= base["Service"]["metadata"]["labels"].items()
+    )
+    assert monitor["endpoints"][0]["port"] in [p["name"] for p in base["Service"]["spec"]["ports"]]
+    claim = base["PersistentVolumeClaim"]["metadata"]["name"]
+    volumes = base["Deployment"]["spec"]["template"]["spec"]["volumes"]
+    assert claim in [
+        v["persistentVolumeClaim"]["claimName"] for v in volumes if "persistentVolumeClaim" in v
+    ]
+    assert (
+        base["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"]
+        == (base["Deployment"]["metadata"]["name"])
+    )
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm, which has the CRDs' schemas")
+@pytest.mark.parametrize("kind", ["ServiceMonitor", "PrometheusRule"])
+def test_custom_resources_of_the_prometheus_operator(
+    kind: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "prometheus-operator"
+    if not folder.exists():
+        folder.mkdir()
+        subprocess.run(
+            ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder),
+             "@kubernetes-models/prometheus-operator@6"],
+            check=True, timeout=300, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    (document,) = [d for _, d in documents(KUBERNETES / "base") if d["kind"] == kind]
+    script = (
+        "import * as v1 from '@kubernetes-models/prometheus-operator/monitoring.coreos.com/v1';"
+        f"new v1.{kind}(JSON.parse(process.argv[1])).validate();"
+    )
+    environment = {"cwd": folder, "capture_output": True, "text": True}
+    command = ["node", "--input-type=module", "-e", script]
+    good = subprocess.run([*command, json.dumps(document)], check=False, **environment)
+    assert good.returncode == 0, good.stderr
+    wrong = copy.deepcopy(document)
+    wrong["spec"] = {"endpoints" if kind == "ServiceMonitor" else "groups": "none"}
+    assert subprocess.run([*command, json.dumps(wrong)], check=False, **environment).returncode
+
+
+def test_ray_service() -> None:
+    """Pods against Kubernetes' schema, the application against Ray's and vLLM's."""
+    import kubernetes_validate
+
+    schema = pytest.importorskip("ray.serve.schema")
+    llm = pytest.importorskip("ray.serve.llm")
+    (service,) = [d for _, d in documents(KUBERNETES / "kuberay")]
+    spec = service["spec"]
+    cluster = spec["rayClusterConfig"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for group in groups:
+        template = {
+            "apiVersion": "v1", "kind": "PodTemplate",
+            "metadata": {"name": "x"}, "template": group["template"],
+        }  # fmt: skip
+        version = kubernetes_validate.latest_version()
+        kubernetes_validate.validate(template, version, strict=True)
+    images = {group["template"]["spec"]["containers"][0]["image"] for group in groups}
+    assert len(images) == 1, "vLLM loads the plugin on every node"
+    assert cluster["rayVersion"] in images.pop()
+    deployed = schema.ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"]))
+    (application,) = deployed.applications
+    module, _, function = application.import_path.partition(":")
+    assert hasattr(__import__(module, fromlist=[function]), function)
+    (config,) = llm.LLMServingArgs.model_validate(application.args).llm_configs
+    check_engine_kwargs(config.engine_kwargs)
+
+
+def check_engine_kwargs(given: dict[str, Any]) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    EngineArgs(
+        model=str(random_checkpoint("LlamaForCausalLM")), **given
+    )  # refuses names it does not know
+    check_selected(given["speculative_config"], given.get("additional_config"))
+
+
+def test_production_stack_values() -> None:
+    values = yaml.safe_load((KUBERNETES / "production-stack" / "values.yaml").read_text())
+    (model,) = values["servingEngineSpec"]["modelSpec"]
+    config = model["vllmConfig"]
+    # The chart's own options, then extraArgs.
+    arguments = [
+        model["modelURL"], "--max-model-len", str(config["maxModelLen"]),
+        "--dtype", config["dtype"], *config["extraArgs"],
+    ]  # fmt: skip
+    parsed = parse_serve(arguments)
+    check_selected(parsed.speculative_config, parsed.additional_config)
+
+
+@pytest.mark.parametrize("overrides", [(), ("compose.gpu.yaml",)], ids=["cpu", "gpu"])
+def test_compose(overrides: tuple[str, ...]) -> None:
+    """What Docker Compose takes; what they mount exists; the server's command parses."""
+    from compose_spec import PyCompose
+
+    files = [DOCKER / name for name in ("compose.yaml", *overrides)]
+    compose: dict[str, Any] = {}
+    for file in files:
+        PyCompose.from_yaml(file.read_text())
+        compose = merged(compose, yaml.safe_load(file.read_text()))
+    mounts: dict[str, Path] = {}
+    for service in compose["services"].values():
+        for volume in service.get("volumes", ()):
+            source, target, *_ = volume.split(":")
+            if source.startswith("."):
+                mounts[target] = (DOCKER / source).resolve()
+                assert mounts[target].exists(), volume
+            else:
+                assert source in compose["volumes"]
+    server = compose["services"]["server"]
+    assert (DOCKER / ".." / server["build"]["dockerfile"]).exists()
+    command = [re.sub(r"\$\{\w+:-(.*)\}", r"\1", word) for word in server["command"]]
+    place = command.index("--config") + 1
+    command[place] = str(mounts[command[place]])
+    parsed = parse_serve(command)
+    check_selected(parsed.speculative_config, parsed.additional_config)
+    scraped = yaml.safe_load((MONITORING / "prometheus.yml").read_text())["scrape_configs"]
+    assert scraped[0]["static_configs"][0]["targets"] == ["server:8000"]
+    home = compose["services"]["grafana"]["environment"][
+        "GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"
+    ]
+    folder, _, name = home.rpartition("/")
+    assert (mounts[folder] / name).exists()
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_dockerfiles(path: Path) -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([hadolint, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    text = path.read_text()
+    assert "knapspec doctor" in text  # the smoke test
+    users = re.findall(r"^USER (\S+)", text, re.M)
+    assert users, "must not run as root"
+    assert users[-1] not in ("0", "root"), "must not run as root"
+    if "vllm/vllm-openai" in text or "ray-llm" in text:
+        assert "--no-deps" in text.split("FROM")[-1]  # the image's torch stays
+    ignore = (DOCKER / f"{path.name}.dockerignore").read_text().split()
+    for name in ("!knapspec_vllm", "!kernels", "!setup.py"):
+        assert name in ignore
+
+
+def test_image_contents_make_a_wheel(tmp_path: Path) -> None:
+    """The `wheel` stage with the files that .dockerignore lets through."""
+    source = tmp_path / "src"
+    source.mkdir()
+    for name in (DOCKER / "Dockerfile.dockerignore").read_text().split():
+        if name.startswith("!"):
+            path = ROOT / name[1:]
+            copy_to = source / name[1:]
+            if path.is_dir():
+                ignore = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(path, copy_to, ignore=ignore, symlinks=True)
+            else:
+                shutil.copy(path, copy_to)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation"]
+    subprocess.run(
+        [*pip, "--no-deps", "--wheel-dir", tmp_path / "wheels", source], check=True, timeout=300
+    )
+    assert len(list((tmp_path / "wheels").glob("knapspec_vllm-*.whl"))) == 1
+
+
+def test_metrics_in_dashboard_and_alerts_exist() -> None:
+    known = {name for family in FAMILIES for name in family.exposed}
+    for where, query in {**dashboard_queries(), **alert_queries()}.items():
+        for name in METRIC.findall(query):
+            assert name.startswith("vllm:") or name in known, f"{where}: {name}"
+    shown = " ".join(dashboard_queries().values())
+    missing = [f.name for f in FAMILIES if not any(name in shown for name in f.exposed)]
+    # A gauge that the panel computes from counters, and one that the panel derives.
+    assert set(missing) <= {"estimated_speedup_ratio", "plan_predicted_speedup_ratio"}
+
+
+def test_operator_has_the_same_alerts() -> None:
+    (rule,) = [d for _, d in documents(KUBERNETES / "base") if d["kind"] == "PrometheusRule"]
+    assert rule["spec"] == yaml.safe_load(ALERTS.read_text())
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (package prometheus)")
+@pytest.mark.parametrize(
+    "arguments",
+    [("check", "config", MONITORING / "prometheus.yml"),
+     ("test", "rules", ROOT / "tests" / "unit" / "alerts_test.yml")],
+    ids=["config", "alerts"],
+)  # fmt: skip
+def test_promtool(arguments: tuple) -> None:
+    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
