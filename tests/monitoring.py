@@ -36,9 +36,9 @@ def dashboard_queries() -> dict[str, str]:
         for target in panel.get("targets", ()):
             name = f"{panel['title']}: {target['legendFormat']}"
             assert name not in queries, name
-            queries[name] = _filled(target["expr"])
+            queries[name] = filled(target["expr"])
     for annotation in dashboard["annotations"]["list"]:
-        queries[f"annotation {annotation['name']}"] = _filled(annotation["expr"])
+        queries[f"annotation {annotation['name']}"] = filled(annotation["expr"])
     return queries
 
 
@@ -47,7 +47,8 @@ def alert_queries() -> dict[str, str]:
     return {rule["alert"]: rule["expr"] for group in groups for rule in group["rules"]}
 
 
-def _filled(query: str) -> str:
+def filled(query: str) -> str:
+    """A query of the dashboard with Grafana's variables set to everything."""
     for name, value in _VARIABLES.items():
         query = query.replace(name, value)
     query = re.sub(r'"\$\w+"', '".*"', query)

@@ -73,6 +73,20 @@ def measure(
 
 
 @torch.inference_mode()
+def warm_up(engine: Engine, drafter: Drafter, max_rows: int) -> None:
+    """One draft forward of every kind, of one row and of many.
+
+    The first of a shape takes several times as long (libraries prepare their kernels), and a server
+    that starts from stored curves would count that against drafting.
+    """
+    cells = list(_cells(engine, 1, max_rows))
+    for cell in {cells[0], cells[-1]}:
+        rows = _fake_rows(engine, cell, 1)
+        for plan in uniform_plans(engine.view.num_layers).values():
+            _draft_step(drafter, plan, rows, 1)()
+
+
+@torch.inference_mode()
 def faster_attention(engine: Engine, drafter: Drafter, max_rows: int) -> AttentionPath:
     """Which attention path drafts a large batch faster, FULL and WINDOW together.
 

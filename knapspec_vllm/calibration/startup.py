@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import time
 
-from knapspec_vllm.calibration.profiler import faster_attention, measure
+from knapspec_vllm.calibration.profiler import faster_attention, measure, warm_up
 from knapspec_vllm.calibration.store import (
     Calibration,
     CalibrationStore,
@@ -62,6 +62,9 @@ def calibrate(proposer: KnapSpecProposer) -> None:
     if found is not None:
         costs, frontier = found.costs, found.frontier
         proposer.drafter.attention_path = found.attention_path
+        if source == "stored":
+            max_rows = engine.vllm_config.scheduler_config.max_num_seqs
+            warm_up(engine, proposer.drafter, max_rows)
     if frontier is not None:
         frontier = dataclasses.replace(frontier, source="stored")
     proposer.calibration = {

@@ -24,6 +24,9 @@ _RATE = 1.0 / 32.0
 _CLIP = 2.0
 """A round further off than this factor from what is known (a compile, a pause) counts as this. From
 what is known, not from the prediction: curves may be off by more, and that has to be learned."""
+_PRIOR: dict[Part, int] = {"plain": 1, "verify": 4, "draft": 4}
+"""Rounds that what is believed without any counts as. One slow round must not end drafting, after
+which nothing would show that it was an exception; plain rounds show it every time."""
 _VERSION_STEP = 0.005
 """A move of a factor by this much is worth choosing again."""
 _CONTEXT_BUCKET = math.log(2.0)
@@ -52,13 +55,25 @@ class Corrections:
             return
         log_factor, clip = math.log(time_us / predicted_us), math.log(_CLIP)
         for bucket in (kind_of(batch), None):
-            mean = self._means.setdefault((part, bucket), _Mean())
+            mean = self._means.get((part, bucket))
+            if mean is None:
+                mean = _Mean(math.log(self.factor(part, batch)))
+                self._means[part, bucket] = mean
             mean.count += 1
             step = min(max(log_factor - mean.log_factor, -clip), clip)
-            mean.log_factor += max(_RATE, 1.0 / mean.count) * step
+            mean.log_factor += max(_RATE, 1.0 / (mean.count + _PRIOR[part])) * step
             if abs(mean.log_factor - mean.published) >= _VERSION_STEP:
                 mean.published = mean.log_factor
                 self.version += 1
+
+    def forget(self) -> None:
+        """Believe half of what was learned of drafting, and learn anew: nothing of it has been seen
+        for long."""
+        for (part, _), mean in self._means.items():
+            if part != "plain":
+                mean.log_factor *= 0.5
+                mean.count = 0
+        self.version += 1
 
     def factor(self, part: Part, batch: Batch) -> float:
         """For this kind of batch, else over all batches. Verify steps that nobody has seen are

@@ -10,13 +10,13 @@ better by `hysteresis`. What plain decoding takes is measured too. Pure Python.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from typing import Literal
 
 from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.planner.acceptance import AcceptanceModel
-from knapspec_vllm.planner.corrections import Corrections, kind_of
+from knapspec_vllm.planner.corrections import Corrections
 from knapspec_vllm.planner.costs import CostModel
+from knapspec_vllm.planner.plain_rounds import PlainRounds
 from knapspec_vllm.planner.resolve import ResolveRule
 from knapspec_vllm.planner.selection import smoothed_hits
 from knapspec_vllm.planner.speedups import Rates, SpeedupTable
@@ -25,12 +25,6 @@ from knapspec_vllm.planner.types import Batch, Choice, Frontier, Plan, PlanEstim
 _CONTEXT_BUCKET = math.log(1.06)
 """Batches whose context lies within 6% share an evaluation."""
 _CACHE_ENTRIES = 256
-_FIRST_PLAIN, _MOST_TRIES = 4, 16
-"""Plain rounds to measure before a kind of batch speculates, and how often to try: where requests
-come and go all the time no round can be measured."""
-_PLAIN_COST, _LEAST_EVERY, _MOST_EVERY = 0.005, 8, 256
-"""Then so often that it costs this share of the time, within these rounds. Measured once in 256
-rounds, a plain step believed 15% too long kept a batch of two drafting at a loss (SmolLM2)."""
 
 
 class Policy:
@@ -67,8 +61,9 @@ class Policy:
         self._speculating = False
         self._last = Choice(None, 0, 1.0, "no round yet", "no plan")
         self._declined_rounds = 0
-        self._since_plain = 0
-        self._tries: Counter[tuple[int, int]] = Counter()
+        self._plain = PlainRounds(self._corrections)
+        #: Settings that say what to draft are obeyed in every round.
+        self._may_measure = not config.always_draft and config.draft_length is None
         self._forced = config.plan != "auto"
         if self._forced:
             plan = Plan.parse(config.plan, num_layers)
@@ -91,10 +86,11 @@ class Policy:
             self._install(frontier)
 
     def choose(self, batch: Batch, max_draft_length: int) -> Choice:
-        """What to do this round; max_draft_length: what the batch has room for."""
+        """What to do now; max_draft_length: what the batch has room for."""
         choice = self._decide(batch, max_draft_length)
         self.count(choice)
-        if self._speculating and self._plain_is_due(batch, choice.predicted_speedup):
+        measures = self._speculating and self._may_measure
+        if measures and self._plain.due(batch, choice.predicted_speedup):
             return self._decline(batch, "measuring", "a round to measure plain decoding")
         return choice
 
@@ -108,9 +104,10 @@ class Policy:
         if self._declined_rounds >= self._config.resolve_rounds:
             self._declined_rounds = 0  # nothing is learned while declining, and traffic changes
             self._acceptance.forget()
+            self._corrections.forget()
 
     def explain(self, batch: Batch) -> list[tuple[Plan, int, float, float]]:
-        """(plan, best draft length, alpha, predicted speedup) of every plan, best first."""
+        """(plan, its draft length, alpha, predicted speedup), best first."""
         lengths = self._lengths(self._max_draft_length)
         if self._frontier is None or not self._frontier.estimates or not lengths:
             return []
@@ -173,22 +170,6 @@ class Policy:
             forced = min(self._config.draft_length, longest)
             return (forced,) if forced > 0 else ()
         return tuple(range(1, longest + 1))
-
-    def _plain_is_due(self, batch: Batch, speedup: float) -> bool:
-        """Whether this round should show what plain decoding takes, instead of drafting."""
-        config = self._config
-        if config.always_draft or config.draft_length is not None or not self._corrections.enabled:
-            return False
-        self._since_plain += 1
-        kind = kind_of(batch)
-        unknown = self._corrections.count("plain", batch) < _FIRST_PLAIN
-        every = (1.0 - 1.0 / max(speedup, 1.0)) / _PLAIN_COST
-        every = min(max(every, _LEAST_EVERY), _MOST_EVERY)
-        if (unknown and self._tries[kind] < _MOST_TRIES) or self._since_plain >= every:
-            self._tries[kind] += 1
-            self._since_plain = 0
-            return True
-        return False
 
     def _decide(self, batch: Batch, max_draft_length: int) -> Choice:
         lengths = self._lengths(max_draft_length)

@@ -25,6 +25,7 @@ import openai
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from arms import RESULTS, provenance
 
@@ -112,6 +113,9 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--planted", action="store_true", help="the block-expanded model")
     parser.add_argument("--settings", type=json.loads, default={}, help="KnapSpec settings, JSON")
+    parser.add_argument(
+        "--picture", type=Path, help="scrape with a Prometheus, and draw the dashboard at the end"
+    )
     parser.add_argument("--growth", type=float, default=0.05, help="most growth of memory")
     parser.add_argument("--name", default="soak", help="name of the result file")
     arguments = parser.parse_args()
@@ -134,12 +138,26 @@ def main() -> int:
     )
     with running([server], timeout_seconds=900):
         print(f"ready; {arguments.streams} streams, log {server.log}", flush=True)
-        result = soak(server, arguments)
+        result = pictured(server, arguments, folder)
     result |= {"provenance": provenance(), "settings": arguments.settings, "model": model.name}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{arguments.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: result[key] for key in ("load", "memory", "checks")}, indent=1))
     return 0 if all(check["passed"] for check in result["checks"].values()) else 1
+
+
+def pictured(server: Server, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    if arguments.picture is None:
+        return soak(server, arguments)
+    from dashboard_picture import draw
+
+    from tests.monitoring import prometheus
+
+    with prometheus(server.url.removeprefix("http://"), folder) as found:
+        start = time.time()
+        result = soak(server, arguments)
+        draw(found.url, start + 20, time.time() - 5, arguments.picture)
+    return result
 
 
 def soak(server: Server, arguments: argparse.Namespace) -> dict[str, Any]:

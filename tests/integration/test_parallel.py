@@ -25,6 +25,9 @@ import json, sys
 from vllm import LLM, SamplingParams
 from knapspec_vllm.bench.inspection import knapspec_snapshot
 settings, prompts = json.loads(sys.argv[1])
+if settings.get("distributed_executor_backend") == "ray":
+    import ray
+    ray.init(num_gpus=2, num_cpus=4, include_dashboard=False)
 llm = LLM(**settings)
 params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
 requests = [{"prompt_token_ids": ids} for ids in prompts]
@@ -43,6 +46,9 @@ KNAPSPEC = {
 }
 
 
+RAY_ON_CPU = Path(__file__).parent / "ray_on_cpu"
+
+
 def run(model: Path, **settings: object) -> tuple[list[list[int]], list[dict | None]]:
     settings = {
         "model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 256,
@@ -53,8 +59,8 @@ def run(model: Path, **settings: object) -> tuple[list[list[int]], list[dict | N
         capture_output=True, text=True, timeout=500, check=False, stdin=subprocess.DEVNULL,
         env={
             **os.environ, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
-            "RAY_USAGE_STATS_ENABLED": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-            "OMP_NUM_THREADS": "1",
+            "RAY_USAGE_STATS_ENABLED": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RAY_ON_CPU),
         },
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]

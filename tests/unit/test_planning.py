@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decision to decline holds for some rounds of the same kind of batch, and for no other."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from knapspec_vllm.config import KnapSpecConfig
+from knapspec_vllm.draft.planning import Planning
+from knapspec_vllm.metrics.stats import Stats
+from knapspec_vllm.planner.types import Batch, Choice
+from tests.helpers_policy import HALF, LAYERS, costs, frontier
+
+ONE_RANK = SimpleNamespace(leads=True, share=lambda value: value)
+
+
+def planning(hits: int, **settings: Any) -> tuple[Planning, list[Batch]]:
+    """With a frontier of one plan; the batches that the policy was asked about are listed."""
+    settings = {"prior_weight": 1e-9, "round_overhead_us": 0.0, "resolve": False, **settings}
+    engine: Any = SimpleNamespace(view=SimpleNamespace(num_layers=LAYERS))
+    made = Planning(
+        KnapSpecConfig(**settings), engine, None, ONE_RANK, Stats(), 4, costs(),
+        frontier((HALF, hits)), lambda found: None,
+    )  # fmt: skip
+    assert made.policy is not None
+    asked: list[Batch] = []
+    choose = made.policy.choose
+
+    def recorded(batch: Batch, most: int) -> Choice:
+        asked.append(batch)
+        return choose(batch, most)
+
+    made.policy.choose = recorded  # type: ignore[method-assign]
+    return made, asked
+
+
+ALONE = Batch(1, 1000)
+
+
+def rounds(made: Planning, number: int, batch: Batch = ALONE) -> list[Choice]:
+    return [made.choose(batch, 4, lambda: None) for _ in range(number)]
+
+
+def test_looks_again_every_ninth_round() -> None:
+    made, asked = planning(hits=300)
+    found = rounds(made, 27)
+    assert {choice.code for choice in found} == {"no gain"}
+    assert len(asked) == 3
+    assert made._stats.declined_rounds["no gain"] == 27
+    assert made._stats.rounds == 27
+
+
+def test_every_round_counts_for_the_policy() -> None:
+    """What it learned is doubted after so many declined rounds, asked or not."""
+    made, _ = planning(hits=300, resolve_rounds=20)
+    forgotten = []
+    made.acceptance.forget = lambda: forgotten.append(1)  # type: ignore[method-assign]
+    rounds(made, 41)
+    assert len(forgotten) == 2
+
+
+@pytest.mark.parametrize("other", [Batch(2, 1000), Batch(1, 1200)])
+def test_another_batch_is_looked_at_at_once(other: Batch) -> None:
+    made, asked = planning(hits=300)
+    rounds(made, 2)
+    rounds(made, 1, other)
+    assert asked == [Batch(1, 1000), other]
+    rounds(made, 1)
+    assert len(asked) == 3
+
+
+def test_less_room_is_looked_at_at_once() -> None:
+    made, asked = planning(hits=300)
+    rounds(made, 1)
+    made.choose(Batch(1, 1000), 2, lambda: None)
+    assert len(asked) == 2
+
+
+def test_a_solve_that_was_asked_for_is_not_kept_waiting() -> None:
+    made, asked = planning(hits=300)
+    rounds(made, 2)
+    made.request_solve()
+    rounds(made, 1)
+    assert len(asked) == 2
+
+
+def test_drafting_is_decided_every_round() -> None:
+    made, asked = planning(hits=1000)
+    found = rounds(made, 5)
+    assert all(choice.plan == HALF for choice in found)
+    assert len(asked) == 5
