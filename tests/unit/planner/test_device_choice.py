@@ -44,9 +44,7 @@ class Pair:
         self.acceptance = AcceptanceModel(self.config.prior_weight, self.config.feedback_half_life)
         layers = model.num_layers
         self.policy = Policy(self.config, model, self.acceptance, MOST, layers)
-        self.policy._plain_is_due = lambda batch, speedup: (
-            False
-        )  # the caller's business, see DeviceChooser
+        self.policy._may_measure = False  # the caller's business, see DeviceChooser
         self.chooser = DeviceChooser(model, self.config, DEVICE)
         self.rounds = self.ties = self.drafted = self.declined = 0
 
