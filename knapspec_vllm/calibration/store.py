@@ -149,7 +149,8 @@ def hardware_name() -> str:
 
 def _hardware() -> dict[str, Any]:
     if torch.cuda.is_available():
-        return {"device": torch.cuda.get_device_name(), "count": torch.cuda.device_count()}
+        # Not how many: ranks are in the fingerprint, and other GPUs of the node change nothing.
+        return {"device": torch.cuda.get_device_name()}
     return {
         "device": cpu_name(),
         "threads": torch.get_num_threads(),

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -135,32 +136,59 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.store is not None:
         speculative["store_dir"] = arguments.store
     additional = dict(options.pop("additional_config", None) or {})
-    # Of the two places for settings the command line's wins, and "force" is what this is for.
-    own = {**(additional.pop("knapspec", None) or {}), "calibration": "force"}
-    own = {key: value for key, value in own.items() if key not in speculative}
+    # Of the two places for settings the command line's wins. The last two are what this is for.
+    own = additional.pop("knapspec", None) or {}
     return {
         **options,
-        "speculative_config": {**speculative, **own},
+        "speculative_config": {**own, **speculative, "calibration": "force", "resolve": True},
         **({"additional_config": additional} if additional else {}),
     }
 
 
 def serve_options(path: Path) -> dict[str, Any]:
-    """A `vllm serve --config` file as keyword arguments of the engine.
+    """A `vllm serve --config` file as keyword arguments of the engine, read by vLLM's own parser.
 
-    Options of the HTTP server are left out. Raises ValueError for a file that is no mapping.
+    Options of the HTTP server and of data parallelism, whose engines are alike, are left out.
+    Raises ValueError for a file that is no mapping.
     """
     import dataclasses
 
     import yaml
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from knapspec_vllm.plugin import register
+
+    register()
     entries = yaml.safe_load(path.read_text())
     if not isinstance(entries, dict):
         raise ValueError(f"{path} is not a mapping of vllm serve's options")
-    known = {field.name for field in dataclasses.fields(EngineArgs)}
-    named = {str(key).replace("-", "_"): value for key, value in entries.items()}
-    return {key: value for key, value in named.items() if key in known and key != "model"}
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    parser.add_argument("--config")
+    flags = set(parser._option_string_actions)
+    kept = {k: v for k, v in entries.items() if f"--{str(k).replace('_', '-')}" in flags}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(kept, file)
+        file.flush()
+        parsed = EngineArgs.from_cli_args(parser.parse_args(["--config", file.name]))
+    method, count = parsed.spec_method, parsed.spec_tokens
+    if method is not None:
+        parsed.speculative_config = {"method": method, "num_speculative_tokens": count or 8}
+        parsed.spec_method = parsed.spec_tokens = None
+    return {
+        field.name: getattr(parsed, field.name)
+        for field in dataclasses.fields(EngineArgs)
+        if field.name != "model"
+        and not field.name.startswith("data_parallel")
+        and getattr(parsed, field.name) != _default(field)
+    }
+
+
+def _default(field: Any) -> Any:
+    import dataclasses
+
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
 
 
 def calibrate(
@@ -171,7 +199,8 @@ def calibrate(
     options: keyword arguments of vllm.LLM that select KnapSpec. Plans are solved for the largest
     batch and context of those given that the engine has room for.
     """
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # As a server's, the engine is a process of its own: on a CPU it has other threads then, and
+    # curves of other threads are other curves.
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM, SamplingParams
@@ -200,6 +229,10 @@ def calibrate(
         llm.llm_engine.engine_core.shutdown()
     if found is None:
         raise RuntimeError("the engine measured nothing: see its log above")
+    if found["frontier"] is None and options["speculative_config"].get("plan", "auto") == "auto":
+        raise RuntimeError(
+            f"no plans were found on {context} tokens of context, too few: write a larger --context"
+        )
     costs = CostModel.from_json(found["costs"])
     frontier = None if found["frontier"] is None else Frontier.from_json(found["frontier"])
     calibration = found["calibration"]

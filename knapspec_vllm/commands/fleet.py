@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from knapspec_vllm.bench.engines import root_cause
 from knapspec_vllm.commands.calibrate import Report
 from knapspec_vllm.commands.output import answers_only
 from knapspec_vllm.hardware import cpu_name
@@ -41,8 +42,8 @@ def calibrate_fleet(
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
     try:
         store = store_directory(options["speculative_config"].get("store_dir"))
-        kinds = node_kinds(ray)
         ranks = int(options.get("tensor_parallel_size") or 1)
+        kinds = node_kinds(ray, ranks)
         waiting = {}
         for kind, node in kinds.items():
             print(f"knapspec: measuring on {kind} ...", file=sys.stderr, flush=True)
@@ -66,8 +67,11 @@ def calibrate_fleet(
             ray.shutdown()
 
 
-def node_kinds(ray: Any) -> dict[str, dict[str, Any]]:
-    """Kind -> one live node of it. Nodes without an accelerator are asked for their CPU."""
+def node_kinds(ray: Any, ranks: int) -> dict[str, dict[str, Any]]:
+    """Kind -> one live node of it, with as many GPUs as there are ranks if it has any.
+
+    Nodes without an accelerator are asked for their CPU.
+    """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     kinds: dict[str, dict[str, Any]] = {}
@@ -80,7 +84,10 @@ def node_kinds(ray: Any) -> dict[str, dict[str, Any]]:
             for name in node["Resources"]
             if name.startswith(_ACCELERATOR)
         )
-        if node["Resources"].get("GPU", 0):
+        gpus = node["Resources"].get("GPU", 0)
+        if 0 < gpus < ranks:
+            continue
+        if gpus:
             kinds.setdefault(" + ".join(accelerators) or "GPU", node)
         elif node["Resources"].get("CPU", 0):
             strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -90,7 +97,7 @@ def node_kinds(ray: Any) -> dict[str, dict[str, Any]]:
         cores = node["Resources"]["CPU"]
         kinds.setdefault(f"{ray.get(asked)}, {cores:.0f} CPUs", node)
     if not kinds:
-        raise RuntimeError("the Ray cluster has no live node with a CPU or GPU")
+        raise RuntimeError(f"the Ray cluster has no live node with a CPU or {ranks} GPUs")
     return kinds
 
 
@@ -111,19 +118,23 @@ def calibrate_here(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Runs on a node: (report, store entries by file name)."""
     with tempfile.TemporaryDirectory(prefix="knapspec-calibrate-") as folder:
-        options = {
-            **options,
-            "speculative_config": {**options["speculative_config"], "store_dir": folder},
-        }
+        speculative = {**options["speculative_config"], "store_dir": folder}
+        # Ray has given this task the node; the engine in it must not ask Ray for another.
+        options = {**options, "speculative_config": speculative}
+        if options.pop("distributed_executor_backend", None) is not None:
+            options["distributed_executor_backend"] = "mp"
+        # Ray sets it to the task's CPUs; a server has the node's.
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
         done = subprocess.run(
             [sys.executable, "-m", "knapspec_vllm.commands.fleet"],
             input=json.dumps([model, options, batches, contexts]),
             capture_output=True,
             text=True,
             check=False,
+            env=environment,
         )
         if done.returncode:
-            raise RuntimeError(done.stderr.strip().splitlines()[-1])
+            raise RuntimeError(root_cause(done.stderr) or f"status {done.returncode}")
         report = json.loads(done.stdout.strip().splitlines()[-1])
         return report, {path.name: path.read_text() for path in Path(folder).glob("*.json")}
 

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import http.client
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ def read(url: str, timeout_seconds: float = 10.0) -> Reading:
     try:
         with urllib.request.urlopen(address, timeout=timeout_seconds) as answer:
             return Reading.parse(answer.read().decode(), time.monotonic())
-    except (OSError, ValueError, urllib.error.URLError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise ServerUnreachableError(
             f"{address} does not answer ({error}); write the server's address, such as "
             "http://127.0.0.1:8000"

@@ -4,17 +4,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-from knapspec_vllm.commands.server_metrics import Reading, read, summary
+from knapspec_vllm.commands.server_metrics import (
+    Reading,
+    ServerUnreachableError,
+    read,
+    summary,
+)
 
 DESCRIPTION = """\
 Is it on, is it helping, what was chosen, why not: a running server's view of itself, renewed every
 few seconds. Rates are of the time since the last renewal, counts of --once since the server's
-start. Ctrl-C ends it. Exit status: 0 fine, 1 no answer, 3 the server does not use KnapSpec."""
+start. Ctrl-C ends it. Exit status: 0 fine, 1 no answer; of --once, 3 the server does not use
+KnapSpec."""
 EXAMPLES = """\
 examples:
   knapspec top http://127.0.0.1:8000
@@ -80,9 +87,10 @@ def _follow(arguments: argparse.Namespace, before: Reading) -> None:
     with Live(view(summary(None, before)), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(arguments.interval)
-            now = read(arguments.url)
-            live.update(view(summary(before, now)), refresh=True)
-            before = now
+            with contextlib.suppress(ServerUnreachableError):  # a restart, perhaps: keep the view
+                now = read(arguments.url)
+                live.update(view(summary(before, now)), refresh=True)
+                before = now
 
 
 def _rich(record: bool) -> tuple[Any, Any]:

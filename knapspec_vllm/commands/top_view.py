@@ -21,6 +21,7 @@ REASONS = {
     "no gain": "drafting is predicted to lose",
     "no plan": "no plan yet",
     "no room": "requests about to end",
+    "opted out": "all requests opted out",
     "no costs": "no cost curves",
     "measuring": "measuring plain decoding",
     "set to zero": "draft_length is 0",

@@ -21,7 +21,7 @@ from knapspec_vllm.metrics.stats import Stats
 from knapspec_vllm.planner import baselines
 from knapspec_vllm.planner.acceptance import AcceptanceModel
 from knapspec_vllm.planner.costs import CostModel
-from knapspec_vllm.planner.policy import Policy, context_bucket
+from knapspec_vllm.planner.policy import Policy, alike
 from knapspec_vllm.planner.solver import ItemWeights, PendingSolve, SolverSettings, start_solve
 from knapspec_vllm.planner.types import Batch, Choice, Frontier, Mode, Plan, PlanEstimate
 
@@ -100,7 +100,7 @@ class Planning:
         """Rounds since a strategy's last solve."""
         self._solve_requested = False
         self._pending: _Pending | None = None
-        self._declined_kind: tuple[int, int, int] | None = None
+        self._declined_kind: tuple[int, int, float, int] | None = None
         self._repeats = 0
 
     @property
@@ -118,8 +118,9 @@ class Planning:
     ) -> Choice:
         """What this round drafts; solves first when the policy asks. All TP ranks call it."""
         if max_draft_length <= 0:  # rows about to end: says nothing of the plan, so keep it
-            self._stats.add_choice(batch.rows, False, "no room")
-            return Choice(None, 0, 1.0, "no room for a draft in this batch", "no room")
+            code = "no room" if batch.share > 0 else "opted out"
+            self._stats.add_choice(batch.rows, False, code)
+            return Choice(None, 0, 1.0, "no room for a draft in this batch", code)
         choice = self._without_costs(max_draft_length)
         if choice is None:
             assert self.policy is not None
@@ -133,6 +134,9 @@ class Planning:
                 self.policy.choose(batch, max_draft_length) if self._agreement.leads else None
             )
             assert choice is not None
+            declined = choice.code == "no gain"
+            self._declined_kind = (*alike(batch), max_draft_length) if declined else None
+            self._repeats = 0
         self._note(choice, batch)
         return choice
 
@@ -144,13 +148,16 @@ class Planning:
         """Solve in the next round whatever the policy thinks; call it on every rank."""
         self._solve_requested = True
 
-    def feedback(self, plan: Plan, accepted: int, drafted: int, context: int) -> None:
+    def feedback(
+        self, plan: Plan, accepted: int, drafted: int, context: int, says_something: bool = True
+    ) -> None:
         """`accepted` of `drafted` (scheduled) tokens of one row were kept by verification.
 
-        context: the row's length in tokens.
+        context: the row's length in tokens. says_something: of the plan.
         """
         self._stats.add_verified(accepted, drafted, context)
-        self.acceptance.observe(plan, accepted, drafted)
+        if says_something:
+            self.acceptance.observe(plan, accepted, drafted)
 
     def _still_declined(self, batch: Batch, max_draft_length: int) -> Choice | None:
         """The last decision, for some rounds, if it was to decline the same kind of batch.
@@ -158,14 +165,12 @@ class Planning:
         Every rank comes to the same, from what all of them know.
         """
         assert self.policy is not None
-        kind = (batch.rows, context_bucket(batch), max_draft_length)
-        same = self.last_choice.code == "no gain" and kind == self._declined_kind
-        if same and self._repeats < _LOOK_EVERY and not self._solve_requested:
-            self._repeats += 1
-            self.policy.count(self.last_choice)
-            return self.last_choice
-        self._repeats, self._declined_kind = 0, kind
-        return None
+        kind = (*alike(batch), max_draft_length)
+        if kind != self._declined_kind or self._repeats >= _LOOK_EVERY or self._solve_requested:
+            return None
+        self._repeats += 1
+        self.policy.count(self.last_choice)
+        return self.last_choice
 
     def _without_costs(self, max_draft_length: int) -> Choice | None:
         if self._forced is not None and self._forced_length is not None:
@@ -262,7 +267,7 @@ class Planning:
     def _note(self, choice: Choice, batch: Batch) -> None:
         """Count the choice, and log it when the plan changes or drafting stops or starts."""
         self._stats.add_choice(batch.rows, choice.draft_length > 0, choice.code)
-        if choice.code == "measuring":  # for one round: not what was decided
+        if choice.code in ("measuring", "probing"):  # for one round: not what was decided
             return
         changed = choice.plan != self.last_choice.plan
         self._stats.plan_changes += changed

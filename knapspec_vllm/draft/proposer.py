@@ -152,7 +152,7 @@ class KnapSpecProposer:
         scheduled = scheduler_output.total_num_scheduled_tokens
         self._clock.verified(self.planning, rows, scheduled, sampled_token_ids)
         table = common_attn_metadata.block_table_tensor
-        batch = Batch(len(rows), rows.context_tokens)
+        batch = Batch(len(rows), rows.context_tokens, 1.0 - rows.opted_out / len(rows))
         solved_us = self.stats.phase_us["solve"]
         choice = self.planning.choose(
             batch, max(rows.limits), lambda: self._references(runner, rows, table)
@@ -204,10 +204,10 @@ class KnapSpecProposer:
             if drafted is None or not count or not sampled:
                 continue
             request = runner.requests[req_id]
-            if getattr(request.sampling_params, "structured_outputs", None) is not None:
-                continue  # the grammar cut these drafts by value, which says nothing of the plan
+            # A grammar cuts drafts by value, which says nothing of the plan.
+            free = getattr(request.sampling_params, "structured_outputs", None) is None
             accepted = min(len(sampled) - 1, count)
-            self.planning.feedback(drafted[0], accepted, count, request.num_tokens)
+            self.planning.feedback(drafted[0], accepted, count, request.num_tokens, free)
         self._drafted.clear()
 
     def _references(self, runner: Any, rows: Candidates, table: torch.Tensor) -> References | None:
@@ -230,10 +230,11 @@ class KnapSpecProposer:
         most = self.num_speculative_tokens if most is None else int(most)
         positions = [int(state.num_tokens_no_spec[i]) - 1 for i in index]
         blocks = state.block_table[0].num_blocks_per_row
-        limits = []
+        limits, opted_out = [], 0
         for i, position in zip(index, positions, strict=True):
             request = runner.requests[req_ids[i]]
             asked = draft_limit(getattr(request.sampling_params, "extra_args", None))
+            opted_out += asked == 0
             bounds = (
                 most if asked is None else asked,
                 int(blocks[i]) * self.engine.block_size - position,
@@ -250,6 +251,7 @@ class KnapSpecProposer:
             tokens=[sampled_token_ids[i][-1] for i in index],
             positions=positions,
             limits=limits,
+            opted_out=opted_out,
         )
 
 

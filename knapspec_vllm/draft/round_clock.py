@@ -24,6 +24,7 @@ class _Round:
     scheduled_tokens: int
     """If every draft is scheduled and nothing else is."""
     draft_us: float
+    solve_us: float
     own_us: float
     """Spent in the proposal on anything but drafting and solving."""
     ended: float
@@ -63,11 +64,12 @@ class RoundClock:
             return
         engine_us = (self._entered - last.ended) * 1e6
         step_us = engine_us + last.own_us
-        stats.add_round(engine_us, last.own_us, last.draft_us)
+        stats.add_round(engine_us, last.own_us, last.draft_us, last.solve_us)
         if policy is None:
             return
-        tokens_per_row = max(1, round(last.scheduled_tokens / last.batch.rows))
-        policy.observe_step(last.batch, tokens_per_row, step_us)
+        # What rows of different lengths take is not on the curves.
+        if last.scheduled_tokens == last.batch.rows * (1 + last.forwards):
+            policy.observe_step(last.batch, 1 + last.forwards, step_us)
         if last.forwards and last.choice.plan is not None:
             policy.observe_draft(last.batch, last.choice.plan, last.forwards, last.draft_us)
         gained = sum(len(sampled_token_ids[i]) for i in rows.index) / len(rows)
@@ -96,6 +98,7 @@ class RoundClock:
             forwards=max(draft_lengths),
             scheduled_tokens=sum(draft_lengths) + len(draft_lengths),
             draft_us=draft_us,
+            solve_us=solve_us,
             own_us=max(0.0, (now - self._entered) * 1e6 - draft_us - solve_us),
             ended=now,
         )

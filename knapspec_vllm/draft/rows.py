@@ -22,6 +22,8 @@ class Candidates:
     positions: list[int]
     #: Most tokens each row may draft: allocated slots, max_model_len and max_tokens considered.
     limits: list[int]
+    #: Rows whose request wants no speculation.
+    opted_out: int = 0
 
     def __len__(self) -> int:
         return len(self.index)

@@ -2,11 +2,14 @@
 """`knapspec:` metrics for the process that answers /metrics, read from the workers' files.
 
 A custom collector and not prometheus_client's own metric objects: values are another process's and
-may be read by any of several API server processes, each of which shows the same.
+may be read by any of several API server processes, each of which shows the same. With several, or
+with PROMETHEUS_MULTIPROC_DIR set, vLLM and its instrumentator answer from registries of their own
+that hold nothing but prometheus_client's MultiProcessCollector: it then shows ours as well.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,7 +20,6 @@ from knapspec_vllm.metrics.publisher import PREFIX as FILE_PREFIX
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
-    from prometheus_client.registry import CollectorRegistry
 
 ENGINE_LABELS = ("model_name", "engine")
 
@@ -26,14 +28,14 @@ class RunFolderCollector:
     """Metrics of every engine that publishes in a run folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: a registry would else collect to learn the names."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        engines = list(_published(self._folder))
+        engines = _published(self.folder)
         for family in FAMILIES:
             metric = _new(family)
             for labels, state in engines:
@@ -44,20 +46,41 @@ class RunFolderCollector:
                 yield metric
 
 
-def register(registry: CollectorRegistry, folder: Path) -> None:
-    """Make `registry` show the metrics of `folder`; does nothing the second time."""
-    if any(isinstance(c, RunFolderCollector) for c in list(registry._collector_to_names)):
+def install(folder: Path) -> None:
+    """Show the metrics of `folder` on this process's /metrics; the latest folder counts."""
+    from prometheus_client import REGISTRY, multiprocess
+
+    if _shown:
+        _shown[0].folder = folder
         return
-    registry.register(RunFolderCollector(folder))  # type: ignore[arg-type]
+    collector = RunFolderCollector(folder)
+    _shown.append(collector)
+    REGISTRY.register(collector)  # type: ignore[arg-type]
+    original = multiprocess.MultiProcessCollector.collect
+
+    @functools.wraps(original)
+    def collect(self: Any) -> Iterator[Metric]:
+        yield from original(self)
+        yield from collector.collect()
+
+    multiprocess.MultiProcessCollector.collect = collect  # type: ignore[method-assign]
 
 
-def _published(folder: Path) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
-    for file in sorted(folder.glob(f"{FILE_PREFIX}*.json")):
+_shown: list[RunFolderCollector] = []
+
+
+def _published(folder: Path) -> list[tuple[dict[str, str], dict[str, Any]]]:
+    """Labels and state of every engine; of one that was started again, the newest."""
+    found: dict[str, tuple[float, dict[str, str], dict[str, Any]]] = {}
+    for file in folder.glob(f"{FILE_PREFIX}*.json"):
         try:
-            entry = json.loads(file.read_text())
+            written, entry = file.stat().st_mtime, json.loads(file.read_text())
         except (OSError, ValueError):  # its engine has just ended
             continue
-        yield entry["labels"], entry["state"]
+        engine = entry["labels"]["engine"]
+        if engine not in found or written > found[engine][0]:
+            found[engine] = written, entry["labels"], entry["state"]
+    return [(labels, state) for _, (_, labels, state) in sorted(found.items())]
 
 
 def _new(family: Family) -> Any:

@@ -71,8 +71,9 @@ def _by_position(name: str) -> Callable[[State], Iterable[Sample]]:
 
 def _phases(state: State) -> Iterable[Sample]:
     spent = state["stats"]["phase_us"]
-    names = {"draft": "draft", "step": "verify", "solve": "plan", "own": "overhead"}
-    return [((phase,), spent[name] / 1e6) for name, phase in names.items()]
+    names = {"draft": "draft", "step": "verify", "own": "overhead"}
+    found = [((phase,), spent[name] / 1e6) for name, phase in names.items()]
+    return [*found, (("plan",), state["stats"]["measured_solve_us"] / 1e6)]
 
 
 def _rounds_us(state: State) -> Iterable[Sample]:
@@ -151,7 +152,8 @@ FAMILIES: tuple[Family, ...] = (
            _by("clipped_rows"), ("reason",)),
     Family("batch_size", "histogram", "Decoding requests of a round.", _batches, ("drafting",),
            BATCH_BOUNDS),
-    Family("memory_bytes", "gauge", "Memory beyond plain vLLM's, at most, by kind.",
+    Family("memory_bytes", "gauge",
+           "Memory beyond plain vLLM's, at most, by kind. lookahead is part of the KV cache.",
            _mapping("memory_bytes"), ("kind",)),
     Family("calibration_info", "gauge", "Where the cost curves come from.", _calibration,
            ("hardware", "source")),

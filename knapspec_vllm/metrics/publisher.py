@@ -11,6 +11,7 @@ writes, and never touches the device.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import tempfile
@@ -24,6 +25,7 @@ from typing import Any
 INTERVAL_SECONDS = 1.0
 RECENT_SECONDS = 60.0
 PREFIX = "engine-"
+_numbers = itertools.count()
 
 
 class Publisher:
@@ -38,7 +40,8 @@ class Publisher:
         interval_seconds: float = INTERVAL_SECONDS,
     ) -> None:
         """engine: index of the engine core, for data-parallel servers. model: its served name."""
-        self.path = folder / f"{PREFIX}{engine}.json"
+        # Engines of one process, one after the other, must not remove each other's.
+        self.path = folder / f"{PREFIX}{engine}-{os.getpid()}-{next(_numbers)}.json"
         self._labels = {"model_name": model, "engine": str(engine)}
         self._read = read
         self._interval = interval_seconds

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import atexit
+import logging
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -11,15 +13,29 @@ from pathlib import Path
 
 from knapspec_vllm import envs
 
+logger = logging.getLogger("vllm.knapspec")
+
 _RAY_NAMES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+#: What this process has made.
+_made: Path | None = None
 
 
-def create() -> Path:
-    """The server's run folder; child processes, Ray's included, inherit it by environment."""
+def create() -> Path | None:
+    """The server's run folder; its other processes, Ray's included, inherit it by environment.
+
+    A process of its own (not one that multiprocessing started) is a server of its own, whatever
+    started it. None, with a warning, where no folder can be made: then there are no metrics.
+    """
+    global _made
     existing = current()
-    if existing is not None:
+    if existing is not None and (existing == _made or multiprocessing.parent_process() is not None):
         return existing
-    folder = Path(tempfile.mkdtemp(prefix="knapspec-run-"))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="knapspec-run-"))
+    except OSError as error:
+        logger.warning("KnapSpec shows no metrics: no temporary folder can be made (%s)", error)
+        return None
+    _made = folder
     os.environ[envs.RUN_FOLDER] = str(folder)
     # Ray starts workers from its own daemon, so vLLM copies what it is told to.
     names = [name for name in os.environ.get(_RAY_NAMES, "").split(",") if name]

@@ -46,9 +46,11 @@ class Stats:
     #: Rounds that declined, by `Choice.code`.
     declined_rounds: Counter[str] = field(default_factory=Counter)
 
-    #: Of the rounds that were measured (an unchanged set of rows, no prefill): how many, and their
-    #: time by phase. step: the engine's, from one proposal to the next; own: all else of ours.
+    #: Of the rounds that were measured (an unchanged set of rows, no prefill): how many, solves in
+    #: them, and their time by phase. step: the engine's, from one proposal to the next; own: all
+    #: else of ours; solve: of every solve, in whatever round.
     measured_rounds: int = 0
+    measured_solve_us: float = 0.0
     phase_us: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("step", "draft", "own", "solve"), 0.0)
     )
@@ -62,9 +64,10 @@ class Stats:
     #: What a round took over what it should have taken, of the same rounds.
     round_ratio: Histogram = field(default_factory=lambda: Histogram(RATIO_BOUNDS))
 
-    def add_round(self, step_us: float, own_us: float, draft_us: float) -> None:
+    def add_round(self, step_us: float, own_us: float, draft_us: float, solve_us: float) -> None:
         """One measured round."""
         self.measured_rounds += 1
+        self.measured_solve_us += solve_us
         for name, time_us in (("step", step_us), ("own", own_us), ("draft", draft_us)):
             self.phase_us[name] += time_us
 

@@ -21,14 +21,13 @@ def install_in_process() -> None:
     """
     from knapspec_vllm.patches import (
         arg_utils,
-        prometheus,
         sampling_params,
         scheduler,
         vllm_config,
         worker_base,
     )
 
-    modules = (arg_utils, vllm_config, scheduler, worker_base, sampling_params, prometheus)
+    modules = (arg_utils, vllm_config, scheduler, worker_base, sampling_params)
     try:
         for module in modules:
             module.install()

@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 from knapspec_vllm import compat, envs
-from knapspec_vllm.metrics import run_folder
+from knapspec_vllm.metrics import exposition, run_folder
 from knapspec_vllm.patches import apply, selection
 from knapspec_vllm.patches.ledger import by_name
 
@@ -67,7 +67,8 @@ def _prepare(engine_args: Any) -> None:
     engine_args.spec_method = engine_args.spec_model = engine_args.spec_tokens = None
     engine_args.speculative_config = rewritten.speculative_config
     engine_args.additional_config = rewritten.additional_config
-    run_folder.create()
+    if (folder := run_folder.create()) is not None:
+        exposition.install(folder)
 
 
 @functools.cache

@@ -86,14 +86,6 @@ PATCHES: tuple[Patch, ...] = (
         remove_when="vLLM lets a plugin validate a request's extra arguments.",
     ),
     Patch(
-        name="metrics_registry",
-        seam=Seam("vllm.v1.metrics.prometheus:get_prometheus_registry"),
-        what="Registers a collector of the knapspec: metrics in the registry that /metrics shows.",
-        why="With several API servers vLLM makes a new registry that leaves out all collectors.",
-        upstream="vllm-project/vllm#36219 (proposer unification RFC, open) has no metrics either",
-        remove_when="a proposer can return metrics with its drafts.",
-    ),
-    Patch(
         name="worker_start",
         seam=Seam("vllm.v1.worker.worker_base:WorkerBase.__init__", ("vllm_config",)),
         what="Installs the worker patches below in a worker whose config selects KnapSpec.",

@@ -102,9 +102,16 @@ class AcceptanceModel:
 
     def lower(self, plan: Plan, z: float = 1.0) -> float:
         """alpha less z posterior standard deviations, at least 0."""
+        return max(0.0, self._bound(plan, -z))
+
+    def upper(self, plan: Plan, z: float = 1.0) -> float:
+        """alpha and z posterior standard deviations, at most 1."""
+        return min(1.0, self._bound(plan, z))
+
+    def _bound(self, plan: Plan, z: float) -> float:
         hits, trials = self._posterior(plan)
         mean = hits / trials if trials else self._pooled_mean()
-        return max(0.0, mean - z * math.sqrt(mean * (1.0 - mean) / (trials + 1.0)))
+        return mean + z * math.sqrt(mean * (1.0 - mean) / (trials + 1.0))
 
     def drift(self, plan: Plan) -> float:
         """Observed acceptance minus the solver's estimate; 0 while either has little data."""

@@ -54,10 +54,11 @@ class Corrections:
         if not self.enabled or predicted_us <= 0 or time_us <= 0:
             return
         log_factor, clip = math.log(time_us / predicted_us), math.log(_CLIP)
+        believed = math.log(self.factor(part, batch))
         for bucket in (kind_of(batch), None):
             mean = self._means.get((part, bucket))
             if mean is None:
-                mean = _Mean(math.log(self.factor(part, batch)))
+                mean = _Mean(believed)
                 self._means[part, bucket] = mean
             mean.count += 1
             step = min(max(log_factor - mean.log_factor, -clip), clip)
@@ -67,11 +68,13 @@ class Corrections:
                 self.version += 1
 
     def forget(self) -> None:
-        """Believe half of what was learned of drafting, and learn anew: nothing of it has been seen
-        for long."""
-        for (part, _), mean in self._means.items():
+        """Believe half of what set drafting apart from plain steps, and learn anew: nothing of it
+        has been seen for long. What all parts share stays, or a speedup would be wrong by it."""
+        for (part, bucket), mean in self._means.items():
             if part != "plain":
-                mean.log_factor *= 0.5
+                plain = self._means.get(("plain", bucket)) or self._means.get(("plain", None))
+                shared = 0.0 if plain is None else plain.log_factor
+                mean.log_factor = 0.5 * (mean.log_factor + shared)
                 mean.count = 0
         self.version += 1
 

@@ -17,6 +17,7 @@ from knapspec_vllm.planner.acceptance import AcceptanceModel
 from knapspec_vllm.planner.corrections import Corrections
 from knapspec_vllm.planner.costs import CostModel
 from knapspec_vllm.planner.plain_rounds import PlainRounds
+from knapspec_vllm.planner.probes import Probes
 from knapspec_vllm.planner.resolve import ResolveRule
 from knapspec_vllm.planner.selection import smoothed_hits
 from knapspec_vllm.planner.speedups import Rates, SpeedupTable
@@ -53,8 +54,8 @@ class Policy:
         self._corrections = Corrections(enabled=config.round_overhead_us is None)
         self._resolve = ResolveRule(config, costs)
         self._frontier: Frontier | None = None
-        self._tables: dict[tuple[int, int, int], SpeedupTable] = {}
-        self._ceilings: dict[tuple[int, int], float] = {}
+        self._tables: dict[tuple[int, int, float, int], SpeedupTable] = {}
+        self._ceilings: dict[tuple[int, int, float], float] = {}
         self._version = (-1, -1)
         """Of acceptance and corrections, when the caches were filled."""
         self._current: tuple[Plan, int] | None = None
@@ -62,6 +63,7 @@ class Policy:
         self._last = Choice(None, 0, 1.0, "no round yet", "no plan")
         self._declined_rounds = 0
         self._plain = PlainRounds(self._corrections)
+        self._probes = Probes(config.min_speedup)
         #: Settings that say what to draft are obeyed in every round.
         self._may_measure = not config.always_draft and config.draft_length is None
         self._forced = config.plan != "auto"
@@ -92,6 +94,11 @@ class Policy:
         measures = self._speculating and self._may_measure
         if measures and self._plain.due(batch, choice.predicted_speedup):
             return self._decline(batch, "measuring", "a round to measure plain decoding")
+        if choice.code == "no gain" and self._probes.may_be_due():
+            assert self._frontier is not None
+            table = self._table(batch, self._lengths(max_draft_length))
+            plans = [estimate.plan for estimate in self._frontier.estimates]
+            return self._probes.choose(batch, table, plans, self._acceptance) or choice
         return choice
 
     def count(self, choice: Choice) -> None:
@@ -100,6 +107,8 @@ class Policy:
         self._current = None if choice.plan is None else (choice.plan, choice.draft_length)
         self._last = choice
         self._resolve.note_round(self._speculating, choice.round_us)
+        if not self._speculating:
+            self._probes.note_declined()
         self._declined_rounds = 0 if self._speculating else self._declined_rounds + 1
         if self._declined_rounds >= self._config.resolve_rounds:
             self._declined_rounds = 0  # nothing is learned while declining, and traffic changes
@@ -230,7 +239,7 @@ class Policy:
 
     def _table(self, batch: Batch, lengths: tuple[int, ...]) -> SpeedupTable:
         self._renew_caches()
-        key = (batch.rows, context_bucket(batch), lengths[-1])
+        key = (*alike(batch), lengths[-1])
         table = self._tables.get(key)
         if table is None:
             assert self._frontier is not None
@@ -250,7 +259,7 @@ class Policy:
     def _ceiling(self, batch: Batch, lengths: tuple[int, ...]) -> float:
         """Speedup if the cheapest plan the settings allow had every draft accepted."""
         self._renew_caches()
-        key = (batch.rows, context_bucket(batch))
+        key = alike(batch)
         if key not in self._ceilings:
             self._ceilings[key] = self._new_ceiling(batch, lengths)
         return self._ceilings[key]
@@ -276,6 +285,7 @@ class Policy:
         )
 
 
-def context_bucket(batch: Batch) -> int:
-    """Batches of one bucket are decided alike."""
-    return int(math.log1p(batch.context_tokens) / _CONTEXT_BUCKET)
+def alike(batch: Batch) -> tuple[int, int, float]:
+    """Batches for which this is equal are decided alike."""
+    bucket = int(math.log1p(batch.context_tokens) / _CONTEXT_BUCKET)
+    return batch.rows, bucket, round(batch.share, 2)

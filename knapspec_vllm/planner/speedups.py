@@ -26,6 +26,8 @@ class Rates:
     """The published objective: no fixed part, no corrections, verify costs one step."""
     draft: float = 1.0
     """What a draft forward takes over what the curves say."""
+    share: float = 1.0
+    """Of the rows that draft."""
 
     @classmethod
     def of(
@@ -47,10 +49,11 @@ class Rates:
         prices = costs.prices(batch)
         if paper:
             target_us = prices.target_items_us
-            return cls(lengths, prices, target_us, (target_us,) * len(lengths), paper)
+            verify_us = (target_us,) * len(lengths)
+            return cls(lengths, prices, target_us, verify_us, paper, share=batch.share)
         plain_us = plain * costs.step_us(batch, 1)
         verify_us = tuple(verify * costs.step_us(batch, 1 + n) + round_us for n in lengths)
-        return cls(lengths, prices, plain_us, verify_us, paper, draft)
+        return cls(lengths, prices, plain_us, verify_us, paper, draft, batch.share)
 
     def draft_us(self, items_us: float) -> float:
         """A draft forward whose items cost items_us."""
@@ -65,7 +68,8 @@ class Rates:
         tokens = expected_tokens(alpha, self.lengths[0])
         found = []
         for length, verify_us in zip(self.lengths, self.verify_us, strict=True):
-            found.append(tokens * self.plain_us / (length * draft_us + verify_us))
+            gained = 1.0 + self.share * (tokens - 1.0)
+            found.append(gained * self.plain_us / (length * draft_us + verify_us))
             tokens = 1.0 + alpha * tokens
         return tuple(found)
 

@@ -258,7 +258,7 @@ def test_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_defaults_are_what_the_help_says() -> None:
-    arguments = cli._parser().parse_args(["bench", "m"])
+    arguments = cli.make_parser().parse_args(["bench", "m"])
     protocol = Protocol()
     for name in ("rounds", "warm_up", "tokens", "requests", "natural_end"):
         assert getattr(arguments, name) == getattr(protocol, name)

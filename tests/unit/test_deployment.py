@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import re
 import shutil
@@ -17,18 +16,14 @@ import pytest
 import yaml
 
 from knapspec_vllm.bench.checkpoints import random_checkpoint
-from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.metrics.families import FAMILIES
+from tests.helpers_serve import check_selected, parse_serve
 from tests.monitoring import ALERTS, METRIC, MONITORING, alert_queries, dashboard_queries
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER, KUBERNETES = ROOT / "docker", ROOT / "configs" / "kubernetes"
 CORE = {"v1", "apps/v1", "policy/v1", "autoscaling/v2"}
 DOCKERFILES = [DOCKER / name for name in ("Dockerfile", "Dockerfile.cpu", "Dockerfile.ray")]
-#: Where vLLM 0.26, 0.32 and 0.33 keep the parser of `vllm serve`.
-PARSER_MODULES = tuple(
-    f"vllm.entrypoints.{place}.cli_args" for place in ("openai", "launchers", "common")
-)
 OVERLAYS = sorted((KUBERNETES / "overlays").iterdir())
 
 
@@ -59,31 +54,6 @@ def merged(base: Any, patch: Any) -> Any:
 def overlay_deployment(overlay: Path) -> dict[str, Any]:
     base = yaml.safe_load((KUBERNETES / "base" / "deployment.yaml").read_text())
     return merged(base, yaml.safe_load((overlay / "deployment.yaml").read_text()))
-
-
-def parse_serve(arguments: list[str]) -> Any:
-    """What `vllm serve` makes of its arguments, by its own parser."""
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    from knapspec_vllm.plugin import register
-
-    register()
-    cli_args = next(filter(None, map(_module, PARSER_MODULES)))
-    parsed = cli_args.make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
-    cli_args.validate_parsed_serve_args(parsed)
-    return parsed
-
-
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
-        return None
-
-
-def check_selected(speculative: dict[str, Any], additional: dict[str, Any] | None) -> None:
-    assert speculative["method"] == "knapspec"
-    KnapSpecConfig.from_mapping((additional or {}).get("knapspec", {}))
 
 
 @pytest.mark.parametrize(

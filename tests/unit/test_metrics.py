@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from knapspec_vllm.metrics import exposition, run_folder
@@ -26,7 +28,7 @@ def stats() -> Stats:
     made.add_verified(accepted=2, drafted=3, context=5000)
     made.add_verified(accepted=0, drafted=1, context=10)
     made.add_solve(200_000.0)
-    made.add_round(step_us=900_000.0, own_us=1e5, draft_us=5e5)
+    made.add_round(step_us=900_000.0, own_us=1e5, draft_us=5e5, solve_us=2e5)
     made.add_prediction(speedup=1.5, round_us=1e6, plain_us=3e6, time_us=2e6)
     made.clipped_rows["request"] += 2
     return made
@@ -57,6 +59,12 @@ def samples(registry: CollectorRegistry) -> dict[tuple[str, tuple], float]:
     return found
 
 
+def shown(folder: Path) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    registry.register(exposition.RunFolderCollector(folder))  # type: ignore[arg-type]
+    return registry
+
+
 def test_histogram_bounds_are_inclusive() -> None:
     made = Histogram((1.0, 2.0))
     for value in (0.5, 1.0, 1.5, 2.0, 9.0):
@@ -76,9 +84,7 @@ def test_a_page_shows_what_was_counted(tmp_path: Path) -> None:
     of = stats()
     publisher = Publisher(tmp_path, 0, "a model", lambda: state(of))
     assert publisher.write()
-    registry = CollectorRegistry()
-    exposition.register(registry, tmp_path)
-    exposition.register(registry, tmp_path)  # the second time does nothing
+    registry = shown(tmp_path)
     found = samples(registry)
     assert found["knapspec:rounds_total", ()] == 2
     assert found["knapspec:skipped_steps_total", (("reason", "no gain"),)] == 1
@@ -111,8 +117,7 @@ def test_several_engines_and_a_broken_file(tmp_path: Path) -> None:
     for engine in (0, 1):
         Publisher(tmp_path, engine, "m", lambda: state(stats())).write()
     (tmp_path / "engine-2.json").write_text('{"labels"')
-    registry = CollectorRegistry()
-    exposition.register(registry, tmp_path)
+    registry = shown(tmp_path)
     page = generate_latest(registry).decode()
     assert 'knapspec:rounds_total{engine="0",model_name="m"} 2.0' in page
     assert 'knapspec:rounds_total{engine="1",model_name="m"} 2.0' in page
@@ -122,8 +127,7 @@ def test_several_engines_and_a_broken_file(tmp_path: Path) -> None:
 def test_before_the_first_request(tmp_path: Path) -> None:
     """An engine that has not planned yet has counters and nothing else."""
     Publisher(tmp_path, 0, "m", lambda: {"stats": Stats().as_dict()}).write()
-    registry = CollectorRegistry()
-    exposition.register(registry, tmp_path)
+    registry = shown(tmp_path)
     found = samples(registry)
     assert found["knapspec:rounds_total", ()] == 0
     assert ("knapspec:enabled", ()) not in found
@@ -160,11 +164,31 @@ def test_the_file_goes_with_its_engine(tmp_path: Path) -> None:
     assert not publisher.path.exists()
 
 
-def test_run_folder_reaches_children_and_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newer_engine_takes_the_place_of_an_older(tmp_path: Path) -> None:
+    """Of one process, one after the other: the first must not remove or hide the second."""
+    answers = [state(Stats()), None]
+    first = Publisher(tmp_path, 0, "m", lambda: answers.pop(0))
+    first.write()
+    os.utime(first.path, (1, 1))
+    second = Publisher(tmp_path, 0, "m", lambda: state(stats()))
+    second.write()
+    assert samples(shown(tmp_path))["knapspec:rounds_total", ()] == 2
+    first.write()
+    assert samples(shown(tmp_path))["knapspec:rounds_total", ()] == 2
+
+
+@pytest.fixture
+def no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KNAPSPEC_RUN_FOLDER", raising=False)
+    monkeypatch.setattr(run_folder, "_made", None)
+
+
+@pytest.mark.usefixtures("no_folder")
+def test_run_folder_reaches_children_and_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "MINE")
     assert run_folder.current() is None
     folder = run_folder.create()
+    assert folder is not None
     assert run_folder.create() == folder == run_folder.current()
     assert os.environ["KNAPSPEC_RUN_FOLDER"] == str(folder)
     copied = os.environ["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"].split(",")
@@ -175,21 +199,57 @@ def test_run_folder_reaches_children_and_ray(monkeypatch: pytest.MonkeyPatch) ->
     assert run_folder.current() is None
 
 
-def test_vllm_shows_it_with_one_and_with_several_api_servers(
+@pytest.mark.usefixtures("no_folder")
+def test_run_folder_of_another_server_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The registry of PROMETHEUS_MULTIPROC_DIR leaves out all collectors but its own."""
-    from vllm.v1.metrics import prometheus
-
-    from knapspec_vllm.plugin import register
-
-    register()
+    """A launcher that has an engine itself starts servers with its environment."""
     monkeypatch.setenv("KNAPSPEC_RUN_FOLDER", str(tmp_path))
+    own = run_folder.create()
+    assert own not in (None, tmp_path)
+    monkeypatch.setenv("KNAPSPEC_RUN_FOLDER", str(tmp_path))
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: object())
+    assert run_folder.create() == tmp_path  # a process of the server itself
+
+
+@pytest.mark.usefixtures("no_folder")
+def test_without_a_temporary_folder_there_are_no_metrics(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(**_: object) -> str:
+        raise OSError("read-only")
+
+    monkeypatch.setattr("tempfile.mkdtemp", fails)
+    assert run_folder.create() is None
+
+
+#: Prints what a server's own page shows: the instrumentator answers before vLLM's mounted page.
+PAGE = """
+import sys
+from pathlib import Path
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from knapspec_vllm.metrics import exposition
+exposition.install(Path("/nowhere"))
+exposition.install(Path(sys.argv[1]))
+from vllm.entrypoints.serve.instrumentator.metrics import attach_router
+app = FastAPI()
+attach_router(app)
+for path in ("/metrics", "/metrics/"):
+    print(TestClient(app).get(path).text.count("knapspec:rounds_total{"))
+"""
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_the_page_shows_it_with_one_and_with_several_api_servers(
+    tmp_path: Path, several: bool
+) -> None:
     Publisher(tmp_path, 0, "m", lambda: state(stats())).write()
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    registry = prometheus.get_prometheus_registry()
-    collectors = list(registry._collector_to_names)
-    assert any(isinstance(c, multiprocess.MultiProcessCollector) for c in collectors)
-    assert samples(registry)["knapspec:rounds_total", ()] == 2
-    monkeypatch.delenv("KNAPSPEC_RUN_FOLDER")
-    assert not samples(prometheus.get_prometheus_registry())
+    environment = {k: v for k, v in os.environ.items() if k != "PROMETHEUS_MULTIPROC_DIR"}
+    if several:
+        environment["PROMETHEUS_MULTIPROC_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", PAGE, str(tmp_path)],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.stdout.split()[-2:] == ["1", "1"], done.stderr[-2000:]

@@ -27,7 +27,12 @@ def test_refused_values(value: object) -> None:
         check({"knapspec_draft_length": value})
 
 
-@pytest.mark.parametrize("key", ["knapspec_draft_lenght", "knapspec", "draft_length"])
+@pytest.mark.parametrize("key", ["max_length", "draft_length", "output_length", "top_n", 7])
+def test_keys_of_others_are_theirs(key: object) -> None:
+    check({key: 3})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("key", ["knapspec_draft_lenght", "knapspec", "knapspec_length"])
 def test_near_misses_are_named(key: str) -> None:
     with pytest.raises(ValueError, match=f"'{key}'; did you mean 'knapspec_draft_length'"):
         check({key: 0})

@@ -85,10 +85,28 @@ def test_drafting_is_doubted_after_a_long_while_without_it():
     version = made.version
     made.forget()
     assert made.version > version
-    assert made.factor("draft", ONE) == pytest.approx(2.0)
+    # Half-way, as a factor, to what all parts share.
+    assert made.factor("draft", ONE) == pytest.approx((4.0 * 1.21) ** 0.5)
     assert made.factor("plain", ONE) == pytest.approx(1.21)  # is seen all the time
     observe(made, "draft", ONE, 100.0, rounds=20)
     assert made.factor("draft", ONE) < 1.2
+
+
+def test_what_all_parts_share_is_not_doubted():
+    """Curves of a busy machine are off alike; a quotient of the parts has to stay what it is."""
+    made = Corrections()
+    for part in ("plain", "verify", "draft"):
+        observe(made, part, ONE, 67.0)
+    for _ in range(20):
+        made.forget()
+    assert made.factor("draft", ONE) == pytest.approx(made.factor("plain", ONE))
+    assert made.factor("verify", ONE) == pytest.approx(made.factor("plain", ONE))
+
+
+def test_the_first_round_of_one_kind_counts_once_for_others():
+    made = Corrections()
+    made.observe("draft", ONE, 100.0, 1e9)
+    assert made.factor("draft", MANY) == pytest.approx(2.0 ** (1 / 5))
 
 
 def test_version_grows_only_when_a_factor_moves():

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a round drafts although that is predicted to lose, to learn whether it does.
+
+Nothing is learned of drafting while declining. A plan that a few reference tokens made look worse
+than it is would be declined for good: windows over 6,000 tokens were accepted at 0.99 where 16
+reference tokens had promised 0.91, a speedup of 1.2 instead of 0.8.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from knapspec_vllm.planner.acceptance import AcceptanceModel
+from knapspec_vllm.planner.corrections import kind_of
+from knapspec_vllm.planner.speedups import SpeedupTable
+from knapspec_vllm.planner.types import Batch, Choice, Plan
+
+_FIRST, _FIRST_EVERY = 4, 16
+"""Probes of a kind of batch that come soon, and declined rounds between them."""
+_COST, _LEAST_EVERY = 0.005, 32
+"""Later ones cost at most this share of the time; rounds between them at least."""
+_Z = 1.64
+"""A plan is worth a probe if its speedup may be enough with a probability of 5%."""
+
+
+class Probes:
+    """Counts declined rounds, and says when one of them may draft."""
+
+    def __init__(self, min_speedup: float) -> None:
+        self._min_speedup = min_speedup
+        self._since = 0
+        self._done: Counter[tuple[int, int]] = Counter()
+
+    def note_declined(self) -> None:
+        self._since += 1
+
+    def may_be_due(self) -> bool:
+        """Whether it is worth looking for one."""
+        return self._since >= _FIRST_EVERY
+
+    def choose(
+        self, batch: Batch, table: SpeedupTable, plans: Sequence[Plan], acceptance: AcceptanceModel
+    ) -> Choice | None:
+        """The draft that may gain most, if it may gain enough and a probe is due.
+
+        table: of `plans`, which lose.
+        """
+        rates, found = table.rates, []
+        for index, plan in enumerate(plans):
+            row = rates.row(acceptance.upper(plan, _Z), table.draft_us[index])
+            column = max(range(len(row)), key=row.__getitem__)
+            found.append((row[column], index, column))
+        hope, index, column = max(found)
+        length, speedup = rates.lengths[column], table.speedups[index][column]
+        round_us = length * table.draft_us[index] + rates.verify_us[column]
+        lost_rounds = max(0.0, 1.0 - speedup) * round_us / max(rates.plain_us, 1e-9)
+        if hope < self._min_speedup or not self._due(kind_of(batch), lost_rounds):
+            return None
+        reason = f"a round to see: predicted speedup {speedup:.2f}, may be {hope:.2f}"
+        return Choice(plans[index], length, speedup, reason, "probing", round_us)
+
+    def _due(self, kind: tuple[int, int], lost_rounds: float) -> bool:
+        """lost_rounds: what the probe is expected to lose, in plain rounds."""
+        every = float(_FIRST_EVERY)
+        if self._done[kind] >= _FIRST:
+            every = max(_LEAST_EVERY, lost_rounds / _COST)
+        if self._since < every:
+            return False
+        self._since = 0
+        self._done[kind] += 1
+        return True
