@@ -86,7 +86,9 @@ def settled(server: Server) -> Reading:
 def test_counts_agree_with_clients_and_with_vllm(server: Server) -> None:
     before = settled(server)
     with ThreadPoolExecutor(6) as pool:
-        tokens = sum(pool.map(lambda i: ask(server, QUESTIONS[i % 4]), range(12)))
+        # To the full length: an answer that ends inside a draft has accepted more than it shows.
+        whole = {"ignore_eos": True}
+        tokens = sum(pool.map(lambda i: ask(server, QUESTIONS[i % 4], **whole), range(12)))
     after = settled(server)
 
     def counted(name: str, **labels: str) -> float:
@@ -104,8 +106,8 @@ def test_counts_agree_with_clients_and_with_vllm(server: Server) -> None:
     rounds = counted("knapspec:rounds_total")
     assert counted("knapspec:drafting_rounds_total") <= rounds
     assert counted("knapspec:batch_size_count") == rounds
-    # A row gets its accepted tokens and one more a round; the first of an answer is prefill's.
-    assert counted("knapspec:batch_size_sum") <= tokens - accepted
+    # Every round gives a row its accepted tokens and one more; prefill's is such a round.
+    assert counted("knapspec:batch_size_sum") == tokens - accepted
     assert after.value("knapspec:plan_layers") == 30
     assert after.labels("knapspec:calibration_info")["source"] == "measured"
     assert after.total("knapspec:memory_bytes", kind="solver") > 1e6
@@ -182,13 +184,14 @@ def test_top_follows(server: Server) -> None:
     )
     assert process.stdout is not None
     try:
+        lines = [json.loads(process.stdout.readline())]
         tokens = ask(server, QUESTIONS[1], 80)
-        lines = [json.loads(process.stdout.readline()) for _ in range(3)]
+        lines += [json.loads(process.stdout.readline()) for _ in range(2)]
     finally:
         process.terminate()
         process.wait(20)
     assert tokens > 0
-    assert all(line["tokens_per_second"] >= 0 for line in lines)
+    assert any(line["tokens_per_second"] > 0 for line in lines)
 
 
 def test_vllm_bench_serve_reports_its_figures(server: Server, tmp_path: Path) -> None:
@@ -211,7 +214,8 @@ def test_vllm_bench_serve_reports_its_figures(server: Server, tmp_path: Path) ->
 
 
 def test_every_metric_of_dashboard_and_alerts_is_on_the_page(server: Server) -> None:
-    now = read(server.url)
+    ask(server, QUESTIONS[0], vllm_xargs={"knapspec_draft_length": 1})
+    now = settled(server)
     used = {
         name
         for query in [*dashboard_queries().values(), *alert_queries().values()]
@@ -229,12 +233,11 @@ def test_a_real_prometheus_answers_every_query(server: Server, tmp_path: Path) -
             ask(server, QUESTIONS[number])
             time.sleep(1.5)
         empty = [name for name, query in dashboard_queries().items() if not found.query(query)]
-        for query in alert_queries().values():
-            found.query(query)
-        alerts = found.query('ALERTS{alertstate="firing"}')
+        # Acceptance of a few short answers may be anything; all else is as it should be.
+        alerts = {name for name, query in alert_queries().items() if found.query(query)}
         targets = found.query("up == 1")
     assert len(targets) == 1
-    assert not alerts
+    assert alerts <= {"KnapSpecAcceptsEverything", "KnapSpecSlowerThanPlain"}, alerts
     # Nothing of these happens in a short quiet run: solves, rows that opted out meanwhile.
     assert set(empty) <= {"A solve: mean", "annotation plan changes"}, empty
 

@@ -94,7 +94,30 @@ def test_two_ranks_give_the_tokens_of_one(
     assert first is not None
     assert second is not None
     assert first["stats"]["draft_tokens"] > 0
-    # Both ranks ran the same plan over the same tokens.
-    for name in ("draft_tokens", "accepted_tokens", "drafting_rounds", "rounds", "solves"):
+    check_agreed(first, second)
+
+
+def check_agreed(first: dict, second: dict) -> None:
+    """Both ranks ran the same plans over the same tokens, and declined the same rounds."""
+    counted = ("draft_tokens", "accepted_tokens", "drafting_rounds", "rounds", "solves")
+    for name in (*counted, "declined_rounds"):
         assert first["stats"][name] == second["stats"][name], name
     assert first["plan_text"] == second["plan_text"]
+
+
+def test_two_ranks_decline_together(model: Path, expected: list[list[int]]) -> None:
+    """Rank 0 decides alone, and a decision holds for rounds in which no rank asks it.
+
+    Random weights agree with nothing that skips a layer, so that plans are found, and lose.
+    """
+    config = {**KNAPSPEC, "always_draft": False}
+    tokens, ranks = run(
+        model, tensor_parallel_size=2, distributed_executor_backend="mp",
+        speculative_config=config,
+    )  # fmt: skip
+    assert tokens == expected
+    first, second = ranks
+    assert first is not None
+    assert second is not None
+    assert first["stats"]["declined_rounds"]["no gain"] > 10
+    check_agreed(first, second)

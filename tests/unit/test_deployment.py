@@ -58,8 +58,8 @@ def overlay_deployment(overlay: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("path", "document"),
-    [pytest.param(p, d, id=p.name) for p, d in documents(KUBERNETES / "base")
-     if d["apiVersion"] in CORE],
+    [pytest.param(p, d, id=p.name) for p, d in documents(KUBERNETES)
+     if d["apiVersion"] in CORE and "overlays" not in p.parts],
 )  # fmt: skip
 def test_manifests_are_what_kubernetes_takes(path: Path, document: dict[str, Any]) -> None:
     import kubernetes_validate
@@ -135,10 +135,10 @@ def test_service_and_monitor_find_the_pods() -> None:
     assert claim in [
         v["persistentVolumeClaim"]["claimName"] for v in volumes if "persistentVolumeClaim" in v
     ]
-    assert (
-        base["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"]
-        == (base["Deployment"]["metadata"]["name"])
-    )
+    component = {d["kind"]: d for _, d in documents(KUBERNETES / "components")}
+    assert component["PersistentVolumeClaim"]["metadata"]["name"] == claim
+    scaled = component["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"]
+    assert scaled == base["Deployment"]["metadata"]["name"]
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm, which has the CRDs' schemas")
@@ -148,12 +148,15 @@ def test_custom_resources_of_the_prometheus_operator(
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "prometheus-operator"
     if not folder.exists():
-        folder.mkdir()
-        subprocess.run(
-            ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder),
+        fresh = tmp_path_factory.mktemp("npm")
+        done = subprocess.run(
+            ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(fresh),
              "@kubernetes-models/prometheus-operator@6"],
-            check=True, timeout=300, stdin=subprocess.DEVNULL,
+            check=False, timeout=300, stdin=subprocess.DEVNULL,
         )  # fmt: skip
+        if done.returncode:
+            pytest.skip("npm cannot fetch the schemas here")
+        fresh.rename(folder)
     (document,) = [d for _, d in documents(KUBERNETES / "base") if d["kind"] == kind]
     script = (
         "import * as v1 from '@kubernetes-models/prometheus-operator/monitoring.coreos.com/v1';"
@@ -174,7 +177,10 @@ def test_ray_service() -> None:
 
     schema = pytest.importorskip("ray.serve.schema")
     llm = pytest.importorskip("ray.serve.llm")
-    (service,) = [d for _, d in documents(KUBERNETES / "kuberay")]
+    claim, service = [d for _, d in documents(KUBERNETES / "kuberay")]
+    mounted = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
+    claims = [v.get("persistentVolumeClaim") for v in mounted["volumes"]]
+    assert {"claimName": claim["metadata"]["name"]} in claims
     spec = service["spec"]
     cluster = spec["rayClusterConfig"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
