@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docker/ and configs/ against the schemas and parsers of those who will read them."""
+"""configs/kubernetes against the schemas and parsers of those who will read it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,11 @@ import pytest
 import yaml
 
 from knapspec_vllm.bench.checkpoints import random_checkpoint
-from knapspec_vllm.metrics.families import FAMILIES
-from tests.helpers_serve import check_selected, parse_serve
-from tests.monitoring import ALERTS, METRIC, MONITORING, alert_queries, dashboard_queries
+from tests.helpers_serve import check_selected, merged, parse_serve
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCKER, KUBERNETES = ROOT / "docker", ROOT / "configs" / "kubernetes"
+KUBERNETES = ROOT / "configs" / "kubernetes"
 CORE = {"v1", "apps/v1", "policy/v1", "autoscaling/v2"}
-DOCKERFILES = [DOCKER / name for name in ("Dockerfile", "Dockerfile.cpu", "Dockerfile.ray")]
 OVERLAYS = sorted((KUBERNETES / "overlays").iterdir())
 
 
@@ -34,21 +30,6 @@ def documents(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
         for document in yaml.safe_load_all(path.read_text())
         if "apiVersion" in document
     ]
-
-
-def merged(base: Any, patch: Any) -> Any:
-    """Kubernetes' strategic merge, as far as these overlays use it: lists of named things."""
-    if isinstance(base, dict) and isinstance(patch, dict):
-        return {
-            **base,
-            **{k: merged(base[k], v) if k in base else v for k, v in patch.items()},
-        }
-    if isinstance(base, list) and all(isinstance(x, dict) and "name" in x for x in [*base, *patch]):
-        found = {item["name"]: item for item in base}
-        for item in patch:
-            found[item["name"]] = merged(found.get(item["name"], {}), item)
-        return list(found.values())
-    return patch
 
 
 def overlay_deployment(overlay: Path) -> dict[str, Any]:
@@ -222,103 +203,3 @@ def test_production_stack_values() -> None:
     ]  # fmt: skip
     parsed = parse_serve(arguments)
     check_selected(parsed.speculative_config, parsed.additional_config)
-
-
-@pytest.mark.parametrize("overrides", [(), ("compose.gpu.yaml",)], ids=["cpu", "gpu"])
-def test_compose(overrides: tuple[str, ...]) -> None:
-    """What Docker Compose takes; what they mount exists; the server's command parses."""
-    from compose_spec import PyCompose
-
-    files = [DOCKER / name for name in ("compose.yaml", *overrides)]
-    compose: dict[str, Any] = {}
-    for file in files:
-        PyCompose.from_yaml(file.read_text())
-        compose = merged(compose, yaml.safe_load(file.read_text()))
-    mounts: dict[str, Path] = {}
-    for service in compose["services"].values():
-        for volume in service.get("volumes", ()):
-            source, target, *_ = volume.split(":")
-            if source.startswith("."):
-                mounts[target] = (DOCKER / source).resolve()
-                assert mounts[target].exists(), volume
-            else:
-                assert source in compose["volumes"]
-    server = compose["services"]["server"]
-    assert (DOCKER / ".." / server["build"]["dockerfile"]).exists()
-    command = [re.sub(r"\$\{\w+:-(.*)\}", r"\1", word) for word in server["command"]]
-    place = command.index("--config") + 1
-    command[place] = str(mounts[command[place]])
-    parsed = parse_serve(command)
-    check_selected(parsed.speculative_config, parsed.additional_config)
-    scraped = yaml.safe_load((MONITORING / "prometheus.yml").read_text())["scrape_configs"]
-    assert scraped[0]["static_configs"][0]["targets"] == ["server:8000"]
-    home = compose["services"]["grafana"]["environment"][
-        "GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"
-    ]
-    folder, _, name = home.rpartition("/")
-    assert (mounts[folder] / name).exists()
-
-
-@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-def test_dockerfiles(path: Path) -> None:
-    hadolint = Path(sys.executable).with_name("hadolint")
-    done = subprocess.run([hadolint, path], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    text = path.read_text()
-    assert "knapspec doctor" in text  # the smoke test
-    users = re.findall(r"^USER (\S+)", text, re.M)
-    assert users, "must not run as root"
-    assert users[-1] not in ("0", "root"), "must not run as root"
-    if "vllm/vllm-openai" in text or "ray-llm" in text:
-        assert "--no-deps" in text.split("FROM")[-1]  # the image's torch stays
-    ignore = (DOCKER / f"{path.name}.dockerignore").read_text().split()
-    for name in ("!knapspec_vllm", "!kernels", "!setup.py"):
-        assert name in ignore
-
-
-def test_image_contents_make_a_wheel(tmp_path: Path) -> None:
-    """The `wheel` stage with the files that .dockerignore lets through."""
-    source = tmp_path / "src"
-    source.mkdir()
-    for name in (DOCKER / "Dockerfile.dockerignore").read_text().split():
-        if name.startswith("!"):
-            path = ROOT / name[1:]
-            copy_to = source / name[1:]
-            if path.is_dir():
-                ignore = shutil.ignore_patterns("__pycache__")
-                shutil.copytree(path, copy_to, ignore=ignore, symlinks=True)
-            else:
-                shutil.copy(path, copy_to)
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation"]
-    subprocess.run(
-        [*pip, "--no-deps", "--wheel-dir", tmp_path / "wheels", source], check=True, timeout=300
-    )
-    assert len(list((tmp_path / "wheels").glob("knapspec_vllm-*.whl"))) == 1
-
-
-def test_metrics_in_dashboard_and_alerts_exist() -> None:
-    known = {name for family in FAMILIES for name in family.exposed}
-    for where, query in {**dashboard_queries(), **alert_queries()}.items():
-        for name in METRIC.findall(query):
-            assert name.startswith("vllm:") or name in known, f"{where}: {name}"
-    shown = " ".join(dashboard_queries().values())
-    missing = [f.name for f in FAMILIES if not any(name in shown for name in f.exposed)]
-    # A gauge that the panel computes from counters, and one that the panel derives.
-    assert set(missing) <= {"estimated_speedup_ratio", "plan_predicted_speedup_ratio"}
-
-
-def test_operator_has_the_same_alerts() -> None:
-    (rule,) = [d for _, d in documents(KUBERNETES / "base") if d["kind"] == "PrometheusRule"]
-    assert rule["spec"] == yaml.safe_load(ALERTS.read_text())
-
-
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (package prometheus)")
-@pytest.mark.parametrize(
-    "arguments",
-    [("check", "config", MONITORING / "prometheus.yml"),
-     ("test", "rules", ROOT / "tests" / "unit" / "alerts_test.yml")],
-    ids=["config", "alerts"],
-)  # fmt: skip
-def test_promtool(arguments: tuple) -> None:
-    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
