@@ -170,25 +170,20 @@ def serve_options(path: Path) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(kept, file)
         file.flush()
-        parsed = EngineArgs.from_cli_args(parser.parse_args(["--config", file.name]))
-    method, count = parsed.spec_method, parsed.spec_tokens
-    if method is not None:
-        parsed.speculative_config = {"method": method, "num_speculative_tokens": count or 8}
-        parsed.spec_method = parsed.spec_tokens = None
-    return {
-        field.name: getattr(parsed, field.name)
+        # Not EngineArgs: making one looks for the model.
+        given = vars(parser.parse_args(["--config", file.name]))
+    defaults = vars(parser.parse_args([]))
+    found = {
+        field.name: given[field.name]
         for field in dataclasses.fields(EngineArgs)
-        if field.name != "model"
+        if given.get(field.name) != defaults.get(field.name)
+        and field.name != "model"
         and not field.name.startswith("data_parallel")
-        and getattr(parsed, field.name) != _default(field)
     }
-
-
-def _default(field: Any) -> Any:
-    import dataclasses
-
-    made = field.default_factory
-    return field.default if made is dataclasses.MISSING else made()
+    method, count = found.pop("spec_method", None), found.pop("spec_tokens", None)
+    if method is not None:
+        found["speculative_config"] = {"method": method, "num_speculative_tokens": count or 8}
+    return found
 
 
 def calibrate(
