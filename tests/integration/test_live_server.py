@@ -240,7 +240,9 @@ def test_a_real_prometheus_answers_every_query(server: Server, tmp_path: Path) -
         alerts = {name for name, query in alert_queries().items() if found.query(query)}
         targets = found.query("up == 1")
     assert len(targets) == 1
-    assert alerts <= {"KnapSpecAcceptsEverything", "KnapSpecSlowerThanPlain"}, alerts
+    # Drafting whatever it costs, on a busy machine, for seconds: these may be true for a moment.
+    momentary = {"AcceptsEverything", "SlowerThanPlain", "PredictionsWrong"}
+    assert alerts <= {f"KnapSpec{name}" for name in momentary}, alerts
     # Nothing of these happens in a short quiet run: solves, rows that opted out meanwhile.
     assert set(empty) <= {"A solve: mean", "annotation plan changes"}, empty
 

@@ -108,9 +108,9 @@ def check_agreed(first: dict, second: dict) -> None:
 def test_two_ranks_decline_together(model: Path, expected: list[list[int]]) -> None:
     """Rank 0 decides alone, and a decision holds for rounds in which no rank asks it.
 
-    Random weights agree with nothing that skips a layer, so that plans are found, and lose.
+    The four layers of the model allow no plan that gains as much as is asked for.
     """
-    config = {**KNAPSPEC, "always_draft": False}
+    config = {**KNAPSPEC, "always_draft": False, "min_speedup": 1.4}
     tokens, ranks = run(
         model, tensor_parallel_size=2, distributed_executor_backend="mp",
         speculative_config=config,
@@ -119,5 +119,5 @@ def test_two_ranks_decline_together(model: Path, expected: list[list[int]]) -> N
     first, second = ranks
     assert first is not None
     assert second is not None
-    assert first["stats"]["declined_rounds"]["no gain"] > 10
+    assert sum(first["stats"]["declined_rounds"].values()) > 10, first["stats"]
     check_agreed(first, second)
