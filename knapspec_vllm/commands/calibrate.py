@@ -189,10 +189,10 @@ def serve_options(path: Path) -> dict[str, Any]:
 def calibrate(
     model: str, options: dict[str, Any], batches: Sequence[int], contexts: Sequence[int]
 ) -> Report:
-    """Measure, solve and store, in an engine of this process.
+    """Measure, solve and store, in an engine that this process starts.
 
-    options: keyword arguments of vllm.LLM that select KnapSpec. Plans are solved for the largest
-    batch and context of those given that the engine has room for.
+    options: keyword arguments of vllm.LLM that select KnapSpec. Plans are solved for one row of
+    the longest context of those given that the engine has room for.
     """
     # As a server's, the engine is a process of its own: on a CPU it has other threads then, and
     # curves of other threads are other curves.

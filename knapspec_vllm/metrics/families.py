@@ -42,13 +42,13 @@ class Family:
         return (name,)
 
 
-def _stat(name: str, scale: float = 1.0) -> Callable[[State], Iterable[Sample]]:
-    return lambda state: [((), state["stats"][name] * scale)]
+def _stat(name: str) -> Callable[[State], Iterable[Sample]]:
+    return lambda state: [((), state["stats"][name])]
 
 
-def _by(name: str, scale: float = 1.0) -> Callable[[State], Iterable[Sample]]:
+def _by(name: str) -> Callable[[State], Iterable[Sample]]:
     """Of a stat that is a mapping: one sample per key."""
-    return lambda state: [((key,), value * scale) for key, value in state["stats"][name].items()]
+    return lambda state: [((key,), value) for key, value in state["stats"][name].items()]
 
 
 def _value(*path: str) -> Callable[[State], Iterable[Sample]]:

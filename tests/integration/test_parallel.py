@@ -90,19 +90,19 @@ def test_two_ranks_give_the_tokens_of_one(
         speculative_config=KNAPSPEC,
     )  # fmt: skip
     assert tokens == expected
+    assert agreed(ranks)["draft_tokens"] > 0
+
+
+def agreed(ranks: list[dict | None]) -> dict:
+    """What both ranks counted: the same plans over the same tokens, the same rounds declined."""
     first, second = ranks
     assert first is not None
     assert second is not None
-    assert first["stats"]["draft_tokens"] > 0
-    check_agreed(first, second)
-
-
-def check_agreed(first: dict, second: dict) -> None:
-    """Both ranks ran the same plans over the same tokens, and declined the same rounds."""
     counted = ("draft_tokens", "accepted_tokens", "drafting_rounds", "rounds", "solves")
     for name in (*counted, "declined_rounds"):
         assert first["stats"][name] == second["stats"][name], name
     assert first["plan_text"] == second["plan_text"]
+    return first["stats"]
 
 
 def test_two_ranks_decline_together(model: Path, expected: list[list[int]]) -> None:
@@ -116,8 +116,5 @@ def test_two_ranks_decline_together(model: Path, expected: list[list[int]]) -> N
         speculative_config=config,
     )  # fmt: skip
     assert tokens == expected
-    first, second = ranks
-    assert first is not None
-    assert second is not None
-    assert sum(first["stats"]["declined_rounds"].values()) > 10, first["stats"]
-    check_agreed(first, second)
+    stats = agreed(ranks)
+    assert sum(stats["declined_rounds"].values()) > 10, stats
