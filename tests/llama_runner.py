@@ -165,27 +165,23 @@ class Text:
 
 
 class LlamaRunner:
-    """Stretches of a text, from a start to before a stop each, as reference tokens."""
+    """Tokens start .. stop - 1 of a text as reference tokens of one row."""
 
     def __init__(
-        self, text: Text, *stretches: tuple[int, int], window: int = 512, sinks: int = 64
+        self, text: Text, start: int, stop: int, window: int = 512, sinks: int = 64
     ) -> None:
         """window, sinks: what WINDOW sees, the newest `window` keys and the first `sinks`."""
         self.model = text.model
         self.num_layers = text.model.num_layers
-        self.prefix = max(start for start, _ in stretches)
-        self._positions = torch.cat([torch.arange(*stretch) for stretch in stretches])
-        self._tokens = text.tokens[self._positions]
-        self._keys = [key[:, : self.prefix].contiguous() for key in text.keys]
-        self._values = [value[:, : self.prefix].contiguous() for value in text.values]
-        # Of the target, a token sees what comes before its stretch; of its branch, its stretch.
-        starts = torch.cat([torch.full((stop - start,), start) for start, stop in stretches])
-        query, start = self._positions[:, None], starts[:, None]
-        past = torch.arange(self.prefix)
-        seen = torch.cat([past < start, (starts == start) & (self._positions <= query)], dim=1)
-        key = torch.cat([past, self._positions])
+        self.prefix = start
+        self._tokens = text.tokens[start:stop]
+        self._positions = torch.arange(start, stop)
+        self._keys = [key[:, :start].contiguous() for key in text.keys]
+        self._values = [value[:, :start].contiguous() for value in text.values]
+        key, query = torch.arange(stop), self._positions[:, None]
+        causal = key <= query
         # [R, prefix + R]
-        self._masks = seen, seen & ((key < sinks) | (key > query - window))
+        self._masks = causal, causal & ((key < sinks) | (key > query - window))
 
     def reference_states(self) -> Tensor:
         return self.model.embed(self._tokens)

@@ -42,11 +42,9 @@ class Case:
         self,
         settings: SolverSettings | None = None,
         references: int = OUR_REFERENCES,
-        stretches: int = 1,
-        span: int = 0,
     ) -> tuple[tuple[PlanEstimate, ...], float]:
         """Our frontier, and the seconds it took."""
-        runner = self._before(references, stretches, span)
+        runner = self._before(references)
         weights, settings = self.pricing.weights, settings or SolverSettings()
         return _timed(lambda: solve(runner, weights, settings))
 
@@ -71,20 +69,16 @@ class Case:
 
     def judge(self, plans: Sequence[Plan]) -> None:
         """Runs the plans not judged yet on the stretch."""
-        stretch = LlamaRunner(self._text, (self.window.boundary, len(self.window.tokens)))
+        stretch = LlamaRunner(self._text, self.window.boundary, len(self.window.tokens))
         fresh = [plan for plan in dict.fromkeys(plans) if plan not in self.agreement]
         tokens = len(self.window.tokens) - self.window.boundary
         for plan, hits in zip(fresh, judge(stretch, fresh), strict=True):
             self.agreement[plan] = hits / tokens
 
-    def _before(self, references: int, stretches: int = 1, span: int = 0) -> LlamaRunner:
-        """`references` tokens before the boundary; in stretches, over `span` tokens if that is
-        more."""
+    def _before(self, references: int) -> LlamaRunner:
+        """`references` tokens before the boundary."""
         boundary = self.window.boundary
-        length = references // stretches
-        gap = (max(span, references) - length) // max(1, stretches - 1) if stretches > 1 else 0
-        ends = [boundary - number * gap for number in range(stretches)]
-        return LlamaRunner(self._text, *((end - length, end) for end in sorted(ends)))
+        return LlamaRunner(self._text, boundary - references, boundary)
 
 
 class Session:

@@ -54,7 +54,7 @@ def expected(folder, tokens):
 
 @pytest.fixture(scope="module")
 def runner(model, tokens) -> LlamaRunner:
-    return LlamaRunner(Text(model, tokens), (START, TOKENS), window=12, sinks=3)
+    return LlamaRunner(Text(model, tokens), START, TOKENS, window=12, sinks=3)
 
 
 def test_runner_serves_both_solvers(runner):
