@@ -10,8 +10,12 @@ batch are not affected. In Python: `SamplingParams(extra_args={"knapspec_draft_l
 from __future__ import annotations
 
 import difflib
+import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
+
+logger = logging.getLogger("vllm.knapspec")
 
 DRAFT_LENGTH = "knapspec_draft_length"
 _NEAR = 0.85
@@ -38,6 +42,24 @@ def draft_limit(extra_args: Mapping[str, Any] | None) -> int | None:
             "request without speculation, n to draft at most n tokens a round."
         )
     return number
+
+
+def admitted_limit(extra_args: Mapping[str, Any] | None) -> int | None:
+    """As `draft_limit`, but 0, with a warning, for what should have been refused at admission.
+
+    A front end that took its configuration from another process, as Ray Serve LLM's replicas do,
+    has not loaded vLLM's plugins and refuses nothing; one request must not end its server.
+    """
+    try:
+        return draft_limit(extra_args)
+    except ValueError as error:
+        _warn(f"{error} It is served without speculation.")
+        return 0
+
+
+@functools.lru_cache(maxsize=64)  # a request is looked at every round
+def _warn(sentence: str) -> None:
+    logger.warning("KnapSpec: %s", sentence)
 
 
 def check(extra_args: Mapping[str, Any] | None) -> None:

@@ -61,6 +61,9 @@ class Figures:
     identical: int | None
     compared: int | None
     output_tokens: int
+    #: In use by the workers; added: over plain's. On a GPU vLLM gives what is left to the KV cache.
+    memory_mib: float | None
+    memory_added_mib: float | None
     exact: bool
     #: Whether the arm took turns with the plain one it is compared with.
     alternated: bool
@@ -127,12 +130,20 @@ def figures(mine: Measurement, plain: Measurement | None, alternated: bool = Tru
         identical=same,
         compared=compared,
         output_tokens=sum(r.output_tokens for r in mine.rounds),
+        memory_mib=_mib(mine.memory_bytes),
+        memory_added_mib=None
+        if plain is None or plain.memory_bytes is None or mine.memory_bytes is None
+        else _mib(mine.memory_bytes - plain.memory_bytes),
         exact=all(r.exact for r in mine.rounds),
         alternated=alternated,
         plan=state.get("plan"),
         draft_length=state.get("draft_length"),
         decision=state.get("decision"),
     )
+
+
+def _mib(size: int | None) -> float | None:
+    return None if size is None else size / 2**20
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:

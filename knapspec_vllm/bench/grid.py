@@ -74,6 +74,7 @@ def measure_cell(
     rounds: dict[str, list[Round]] = {engine.name: [] for engine in engines}
     counters: dict[str, Any] = {}
     states: dict[str, dict[str, Any] | None] = {engine.name: None for engine in engines}
+    memory: dict[str, int | None] = {}
     for number in range(-protocol.warm_up, protocol.rounds):
         texts = prompts(number)
         for engine in rotated(engines, number):
@@ -85,13 +86,22 @@ def measure_cell(
             rounds[name].append(Round.of(answer["batches"]))
             counters[name] = total(counters.get(name, {}), answer["counters"])
             states[name] = _later(states[name], answer["knapspec"])
+            memory[name] = answer.get("memory_bytes")
         if number >= 0:
             speeds = ", ".join(
                 f"{e.name} {rounds[e.name][-1].tokens_per_second:.1f}" for e in engines
             )
             say(f"  round {number + 1} of {protocol.rounds}: {speeds} tokens/s")
     return [
-        Measurement(e.name, cell, session, tuple(rounds[e.name]), counters[e.name], states[e.name])
+        Measurement(
+            e.name,
+            cell,
+            session,
+            tuple(rounds[e.name]),
+            counters[e.name],
+            states[e.name],
+            memory[e.name],
+        )
         for e in engines
     ]
 

@@ -33,6 +33,18 @@ def worker_facts(worker: Any) -> str:
     return json.dumps(facts)
 
 
+def worker_memory(worker: Any) -> str:
+    """Bytes in use: of the process on a CPU, of the whole device on a GPU."""
+    import psutil
+    import torch
+
+    device = getattr(worker, "device", None)
+    if getattr(device, "type", "cpu") == "cuda":
+        free, whole = torch.cuda.mem_get_info(device)
+        return json.dumps(whole - free)
+    return json.dumps(psutil.Process().memory_info().rss)
+
+
 def knapspec_costs(worker: Any) -> str:
     """Cost curves, the frontier and where they are stored, as JSON; null without a planner."""
     drafter = worker.model_runner.drafter

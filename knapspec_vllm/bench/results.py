@@ -108,6 +108,8 @@ class Measurement:
     counters: dict[str, Any] = field(default_factory=dict)
     #: `KnapSpecProposer.snapshot()` at the end, with differences as its "stats".
     knapspec: dict[str, Any] | None = None
+    #: In use after the last round: by the workers' processes on a CPU, on their devices on a GPU.
+    memory_bytes: int | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Measurement:

@@ -66,6 +66,10 @@ def _remarks(row: Figures, indent: int) -> list[str]:
         )
         share = "" if row.drafting is None else f"drafted in {row.drafting:.0%} of rounds; "
         texts.append(f"{share}last decision: {row.decision}{plan}")
+    if row.memory_mib is not None:
+        added = row.arm != PLAIN and row.memory_added_mib is not None
+        than = f", {row.memory_added_mib:+,.0f} MiB over plain" if added else ""
+        texts.append(f"memory {row.memory_mib:,.0f} MiB{than}")
     if not row.exact:
         texts.append(
             "this vLLM gave no time stamps: wall clock, with what is left of prefill in it"

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from typing import Any, TextIO
 
 from knapspec_vllm.bench.counters import difference, total
-from knapspec_vllm.bench.inspection import knapspec_snapshot, worker_facts
+from knapspec_vllm.bench.inspection import knapspec_snapshot, worker_facts, worker_memory
 from knapspec_vllm.bench.trace import traced, windows
 
 _COUNTERS = "vllm:spec_decode_"
@@ -68,7 +68,12 @@ def run_round(
         if now is not None:
             now["stats"] = total((state or {}).get("stats", {}), now.get("stats", {}))
             state = now
-    return {"batches": batches, "counters": counted_all, "knapspec": state}
+    return {
+        "batches": batches,
+        "counters": counted_all,
+        "knapspec": state,
+        "memory_bytes": sum(json.loads(text) for text in llm.collective_rpc(worker_memory)),
+    }
 
 
 def run_batch(

@@ -30,7 +30,7 @@ from knapspec_vllm.draft.windows import WindowGeometry
 from knapspec_vllm.metrics.stats import Stats
 from knapspec_vllm.planner.costs import CostModel
 from knapspec_vllm.planner.types import Batch, Choice, Frontier, Plan
-from knapspec_vllm.request_options import draft_limit
+from knapspec_vllm.request_options import admitted_limit
 
 logger = logging.getLogger("vllm.knapspec")
 
@@ -233,7 +233,7 @@ class KnapSpecProposer:
         limits, opted_out = [], 0
         for i, position in zip(index, positions, strict=True):
             request = runner.requests[req_ids[i]]
-            asked = draft_limit(getattr(request.sampling_params, "extra_args", None))
+            asked = admitted_limit(getattr(request.sampling_params, "extra_args", None))
             opted_out += asked == 0
             bounds = (
                 most if asked is None else asked,

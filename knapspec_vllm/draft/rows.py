@@ -70,18 +70,3 @@ class DraftRows:
 
     def __len__(self) -> int:
         return len(self.index)
-
-    def select(self, keep: list[int]) -> DraftRows:
-        """The rows at the given indices of this batch, in that order."""
-        if keep == list(range(len(self))):
-            return self
-        where = torch.tensor(keep, dtype=torch.int64, device=self.tokens.device)
-        return DraftRows(
-            index=[self.index[i] for i in keep],
-            req_ids=[self.req_ids[i] for i in keep],
-            tokens=self.tokens[where],
-            positions=self.positions[where],
-            host_positions=[self.host_positions[i] for i in keep],
-            limits=[self.limits[i] for i in keep],
-            block_table=self.block_table[where],
-        )

@@ -15,13 +15,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knapspec_vllm.metrics.families import FAMILIES, PREFIX, Family
+from knapspec_vllm.metrics.families import ENGINE_LABELS, FAMILIES, PREFIX, Family
 from knapspec_vllm.metrics.publisher import PREFIX as FILE_PREFIX
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
-
-ENGINE_LABELS = ("model_name", "engine")
 
 
 class RunFolderCollector:

@@ -15,6 +15,8 @@ from typing import Any, Literal
 from knapspec_vllm.metrics.stats import BATCH_BOUNDS, RATIO_BOUNDS, SOLVE_BOUNDS
 
 PREFIX = "knapspec:"
+ENGINE_LABELS = ("model_name", "engine")
+"""Of every metric, before its own."""
 State = Mapping[str, Any]
 Sample = tuple[tuple[str, ...], Any]
 """Label values, and a number; of a histogram {"counts", "sum"}."""

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the worker that drafts to the process that answers /metrics: one small file, once a second.
+"""From the worker that drafts to whoever shows its metrics, once a second.
 
 vLLM's scheduler statistics have no free field, its messages drop unknown ones, and prometheus
 files of its own (PROMETHEUS_MULTIPROC_DIR) exist only where somebody asked for them before the
-start. So the worker's first rank writes what it counted to a file of the server's run folder, and
-whichever API server process is scraped reads it (`exposition`). The hot path only counts; a thread
-writes, and never touches the device.
+start. So the worker's first rank hands what it counted to sinks: a file of the server's run folder,
+which whichever API server process is scraped reads (`exposition`), and Ray's own metrics where the
+worker is a Ray actor (`ray_sink`). The hot path only counts; a thread publishes, and never touches
+the device.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 INTERVAL_SECONDS = 1.0
 RECENT_SECONDS = 60.0
@@ -28,24 +29,56 @@ PREFIX = "engine-"
 _numbers = itertools.count()
 
 
+class Sink(Protocol):
+    """Where an engine's metrics go."""
+
+    def put(self, labels: Mapping[str, str], state: Mapping[str, Any]) -> None:
+        """labels: of the engine, model_name and engine. state: of draft.snapshot; see families."""
+
+    def close(self) -> None:
+        """The engine has ended."""
+
+
+class FileSink:
+    """A small file of a run folder, replaced whenever something has changed."""
+
+    def __init__(self, folder: Path, engine: int) -> None:
+        # Engines of one process, one after the other, must not remove each other's.
+        self.path = folder / f"{PREFIX}{engine}-{os.getpid()}-{next(_numbers)}.json"
+        self._last = ""
+
+    def put(self, labels: Mapping[str, str], state: Mapping[str, Any]) -> None:
+        text = json.dumps({"labels": labels, "state": state})
+        if text == self._last:
+            return
+        with contextlib.suppress(OSError):  # the run folder went with its server
+            handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
+            with os.fdopen(handle, "w") as file:
+                file.write(text)
+            os.replace(name, self.path)
+            self._last = text
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+
 class Publisher:
-    """Writes `read()` to a file whenever it has changed, until `read` returns None."""
+    """Puts `read()` into every sink once an interval, until `read` returns None."""
 
     def __init__(
         self,
-        folder: Path,
+        sinks: Sequence[Sink],
         engine: int,
         model: str,
         read: Callable[[], dict[str, Any] | None],
         interval_seconds: float = INTERVAL_SECONDS,
     ) -> None:
         """engine: index of the engine core, for data-parallel servers. model: its served name."""
-        # Engines of one process, one after the other, must not remove each other's.
-        self.path = folder / f"{PREFIX}{engine}-{os.getpid()}-{next(_numbers)}.json"
+        self._sinks = sinks
         self._labels = {"model_name": model, "engine": str(engine)}
         self._read = read
         self._interval = interval_seconds
-        self._last = ""
         #: (time, plain_us, round_us) of the last minute.
         self._recent: deque[tuple[float, float, float]] = deque()
         self._thread = threading.Thread(target=self._run, name="knapspec-metrics", daemon=True)
@@ -58,19 +91,12 @@ class Publisher:
         """Publish now. False when there is nothing to read any more."""
         state = self._read()
         if state is None:
-            with contextlib.suppress(OSError):
-                self.path.unlink()
+            for sink in self._sinks:
+                sink.close()
             return False
         state["recent_speedup"] = self._recent_speedup(state["stats"])
-        text = json.dumps({"labels": self._labels, "state": state})
-        if text == self._last:
-            return True
-        with contextlib.suppress(OSError):  # the run folder went with its server
-            handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-            os.replace(name, self.path)
-            self._last = text
+        for sink in self._sinks:
+            sink.put(self._labels, state)
         return True
 
     def _run(self) -> None:

@@ -11,8 +11,8 @@ import functools
 import weakref
 from typing import Any
 
-from knapspec_vllm.metrics import run_folder
-from knapspec_vllm.metrics.publisher import Publisher
+from knapspec_vllm.metrics import ray_sink, run_folder
+from knapspec_vllm.metrics.publisher import FileSink, Publisher, Sink
 from knapspec_vllm.patches import apply
 from knapspec_vllm.patches.gpu_model_runner import drafter_of
 from knapspec_vllm.patches.ledger import PATCHES
@@ -48,8 +48,16 @@ def _make_warm_up(original: Any) -> Any:
 
 def _publish(drafter: Any, vllm_config: Any) -> None:
     """From rank 0: the others decide nothing and count the same."""
-    folder = run_folder.current()
-    if folder is None or not drafter.agreement.leads:
+    if not drafter.agreement.leads:
+        return
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    engine = getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
+    sinks: list[Sink] = []
+    if (folder := run_folder.current()) is not None:
+        sinks.append(FileSink(folder, engine))
+    if ray_sink.in_ray_worker():
+        sinks.append(ray_sink.RaySink())
+    if not sinks:
         return
     alive = weakref.ref(drafter)
 
@@ -57,11 +65,9 @@ def _publish(drafter: Any, vllm_config: Any) -> None:
         proposer = alive()
         return None if proposer is None else proposer.snapshot()
 
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
     names = model.served_model_name
     name = names if isinstance(names, str) else (names or [model.model])[0]
-    engine = getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
-    Publisher(folder, engine, name, read).start()
+    Publisher(sinks, engine, name, read).start()
 
 
 def _random_state_kept(runner: Any) -> Any:

@@ -182,13 +182,13 @@ def print_summary(summaries: dict[str, dict[str, Paired]]) -> None:
                 f"{pair.standard_error:>9.4f}{pair.windows:>9}"
             )
     print(
-        "As each does: the published method picks by its plans' own agreement, ours by ours of its\n"
-        "own tokens. One judge: both picked and priced as our planner does, agreement of all plans\n"
-        "counted by one pass over the 48 reference tokens of the published method; same states:\n"
-        "ours searched on these tokens too. agreement: top-1, out of sample, of the plan picked\n"
-        "among those that save at least so much item time. speedup: at the best draft length of 1\n"
-        "to 8; predicted: with the agreement believed; choice: the same plan and length with\n"
-        "out-of-sample agreement; known: the best, had that agreement been known.\n"
+        "As each does: each solver's plans picked by what it knows of them. One judge: both are\n"
+        "picked and priced as our planner does, agreement counted in the same pass over the 48\n"
+        "reference tokens of the published method; same states: ours searched on these too.\n"
+        "agreement: top-1, out of sample, of the plan picked among those that save at least so\n"
+        "much item time. speedup: at the best draft length of 1 to 8; predicted: with the\n"
+        "agreement believed; choice: the same plan and length with out-of-sample agreement;\n"
+        "known: the best, had that agreement been known.\n"
     )
 
 

@@ -3,7 +3,8 @@
 
 Many OpenAI clients stream answers at once; some opt out of speculation, some sample, some hang up
 half-way. At the end: errors, memory over time, and whether the server's metrics say what the
-clients counted. Exit status 1 if an error occurred, memory grew or the counts differ.
+clients counted. Exit status 1 if an error occurred, memory grew or the counts differ. With --plain
+the same load on plain vLLM, to tell whose growth it is.
 """
 
 from __future__ import annotations
@@ -92,15 +93,23 @@ class Load:
                 self.counts["opted_out"] += bool(extra)
 
 
-def memory_mib(root: psutil.Process) -> float:
-    """Resident memory of a process and all below it; pages they share count in each."""
-    total = 0
+def memory_mib(root: psutil.Process) -> dict[str, float]:
+    """Resident memory of a process and all below it, by name; shared pages count in each."""
+    found: Counter[str] = Counter()
     for process in [root, *root.children(recursive=True)]:
         try:
-            total += process.memory_info().rss
+            found[_called(process)] += process.memory_info().rss / 2**20
         except psutil.NoSuchProcess:
             continue
-    return total / 2**20
+    return dict(found)
+
+
+def _called(process: psutil.Process) -> str:
+    """vLLM titles its engine core; the server itself and its helpers are told by what they run."""
+    command = process.cmdline()
+    if command and command[0].startswith("VLLM::"):
+        return command[0]
+    return "server" if "serve" in command else "helpers"
 
 
 def main() -> int:
@@ -111,6 +120,7 @@ def main() -> int:
     parser.add_argument("--warm-up", type=float, default=2.0, metavar="MINUTES")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--plain", action="store_true", help="without KnapSpec, to compare with")
     parser.add_argument("--planted", action="store_true", help="the block-expanded model")
     parser.add_argument("--settings", type=json.loads, default={}, help="KnapSpec settings, JSON")
     parser.add_argument(
@@ -122,6 +132,10 @@ def main() -> int:
     model = expand_blocks(smollm2()) if arguments.planted else smollm2()
     folder = Path(tempfile.mkdtemp(prefix="knapspec-soak-"))
     settings = {"store_dir": str(folder), **arguments.settings}
+    selected = [
+        '--speculative-config={"method": "knapspec", "num_speculative_tokens": 6}',
+        f"--additional-config={json.dumps({'knapspec': settings})}",
+    ]
     server = Server(
         "soak",
         str(model),
@@ -130,8 +144,7 @@ def main() -> int:
             "--max-model-len=2048",
             f"--max-num-seqs={arguments.streams}",
             f"--served-model-name={NAME}",
-            '--speculative-config={"method": "knapspec", "num_speculative_tokens": 6}',
-            f"--additional-config={json.dumps({'knapspec': settings})}",
+            *([] if arguments.plain else selected),
         ],
         folder / "server.log",
         {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"},
@@ -176,11 +189,11 @@ def soak(server: Server, arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = 60 * (arguments.warm_up + arguments.minutes)
     while (now := time.monotonic() - begun) < seconds:
         time.sleep(SAMPLE_SECONDS)
-        samples.append((round(now), round(memory_mib(root), 1)))
+        samples.append((round(now), memory_mib(root)))
         if len(samples) % 12 == 0:
             print(
                 f"  {now / 60:.0f} min: {load.counts['answers']} answers, "
-                f"{len(load.errors)} errors, {samples[-1][1]:.0f} MiB",
+                f"{len(load.errors)} errors, {sum(samples[-1][1].values()):.0f} MiB",
                 flush=True,
             )
     load.stop.set()
@@ -193,15 +206,23 @@ def soak(server: Server, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def report(
     load: Load,
-    samples: list[tuple[int, float]],
+    samples: list[tuple[int, dict[str, float]]],
     before: Reading,
     after: Reading,
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     warm = 60 * arguments.warm_up
-    steady = [mib for at, mib in samples if at >= warm]
+    steady = [by_name for at, by_name in samples if at >= warm]
     minute = max(1, int(60 / SAMPLE_SECONDS))
-    first, last = statistics.median(steady[:minute]), statistics.median(steady[-minute:])
+    ends = {"after_warm_up_mib": steady[:minute], "at_the_end_mib": steady[-minute:]}
+    memory = {
+        title: {
+            name: round(statistics.median(by_name.get(name, 0.0) for by_name in part), 1)
+            for name in sorted(steady[-1])
+        }
+        for title, part in ends.items()
+    }
+    first, last = (sum(by_name.values()) for by_name in memory.values())
 
     def counted(name: str) -> float:
         return after.total(name) - before.total(name)
@@ -212,7 +233,7 @@ def report(
     vllm_drafted = counted("vllm:spec_decode_num_draft_tokens_total")
     vllm_accepted = counted("vllm:spec_decode_num_accepted_tokens_total")
     most_lost = load.counts["hung_up"] * arguments.max_tokens
-    checks = {
+    checks: dict[str, tuple[bool, Any]] = {
         "no error": (not load.errors, load.errors[:5]),
         "memory": (last <= first * (1 + arguments.growth), f"{last / first - 1:+.2%}"),
         "tokens": (
@@ -234,7 +255,7 @@ def report(
         "minutes": arguments.minutes,
         "streams": arguments.streams,
         "load": dict(load.counts),
-        "memory": {"after_warm_up_mib": first, "at_the_end_mib": last, "samples": samples},
+        "memory": {**memory, "samples": [(at, round(sum(m.values()), 1)) for at, m in samples]},
         "checks": {name: {"passed": ok, "found": found} for name, (ok, found) in checks.items()},
         "server": summary(before, after),
     }

@@ -50,6 +50,16 @@ def test_plain_has_no_ratio_but_a_second_plain_has() -> None:
     assert figures(measured("again", [9.0]), plain).ratio == pytest.approx(0.9)
 
 
+def test_memory_is_compared_with_plain() -> None:
+    plain = measured("plain", [10.0], memory_bytes=3 << 30)
+    row = figures(measured("knapspec", [10.0], memory_bytes=(3 << 30) + (50 << 20)), plain)
+    assert (row.memory_mib, row.memory_added_mib) == (3122, 50)
+    assert figures(measured("knapspec", [10.0]), plain).memory_added_mib is None
+    text = tables([figures(plain, plain), row])
+    assert "memory 3,122 MiB, +50 MiB over plain" in text
+    assert "memory 3,072 MiB\n" in text
+
+
 def test_spread() -> None:
     assert spread([3.0]) == (3.0, 3.0, 3.0)
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (2.0, 3.5, 5.0)

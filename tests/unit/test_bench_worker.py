@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from knapspec_vllm.bench import worker
-from knapspec_vllm.bench.inspection import knapspec_snapshot
+from knapspec_vllm.bench.inspection import knapspec_snapshot, worker_memory
 
 
 class FakeEngine:
@@ -78,6 +78,9 @@ class FakeLLM:
         ]
 
     def collective_rpc(self, function: Any) -> list[str]:
+        if function is worker_memory:
+            assert int(function(self.worker)) > 0
+            return ["100", "50"]
         return [function(self.worker), "of another rank"]
 
 
@@ -118,6 +121,7 @@ def test_a_round() -> None:
     assert answer["counters"] == {"num_drafts": 9, "num_accepted_tokens_per_pos": [18, 9]}
     # Asked before and after each pass: one apart, twice.
     assert answer["knapspec"] == {"decision": "number 4", "stats": {"rounds": 2, "by": [0]}}
+    assert answer["memory_bytes"] == 150
 
 
 @pytest.mark.parametrize("drafter", [None, SimpleNamespace(snapshot=None)])

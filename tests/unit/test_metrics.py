@@ -13,10 +13,10 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from knapspec_vllm.metrics import exposition, run_folder
+from knapspec_vllm.metrics import exposition, ray_sink, run_folder
 from knapspec_vllm.metrics.families import FAMILIES
 from knapspec_vllm.metrics.histogram import Histogram
-from knapspec_vllm.metrics.publisher import Publisher
+from knapspec_vllm.metrics.publisher import FileSink, Publisher
 from knapspec_vllm.metrics.stats import Stats, context_bucket
 
 
@@ -82,7 +82,7 @@ def test_context_buckets(tokens: int, label: str) -> None:
 
 def test_a_page_shows_what_was_counted(tmp_path: Path) -> None:
     of = stats()
-    publisher = Publisher(tmp_path, 0, "a model", lambda: state(of))
+    publisher = Publisher([FileSink(tmp_path, 0)], 0, "a model", lambda: state(of))
     assert publisher.write()
     registry = shown(tmp_path)
     found = samples(registry)
@@ -115,7 +115,7 @@ def test_a_page_shows_what_was_counted(tmp_path: Path) -> None:
 
 def test_several_engines_and_a_broken_file(tmp_path: Path) -> None:
     for engine in (0, 1):
-        Publisher(tmp_path, engine, "m", lambda: state(stats())).write()
+        Publisher([FileSink(tmp_path, engine)], engine, "m", lambda: state(stats())).write()
     (tmp_path / "engine-2.json").write_text('{"labels"')
     registry = shown(tmp_path)
     page = generate_latest(registry).decode()
@@ -126,7 +126,7 @@ def test_several_engines_and_a_broken_file(tmp_path: Path) -> None:
 
 def test_before_the_first_request(tmp_path: Path) -> None:
     """An engine that has not planned yet has counters and nothing else."""
-    Publisher(tmp_path, 0, "m", lambda: {"stats": Stats().as_dict()}).write()
+    Publisher([FileSink(tmp_path, 0)], 0, "m", lambda: {"stats": Stats().as_dict()}).write()
     registry = shown(tmp_path)
     found = samples(registry)
     assert found["knapspec:rounds_total", ()] == 0
@@ -136,11 +136,12 @@ def test_before_the_first_request(tmp_path: Path) -> None:
 def test_speedup_of_the_last_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, of = [100.0], Stats()
     monkeypatch.setattr("knapspec_vllm.metrics.publisher.time.monotonic", lambda: clock[0])
-    publisher = Publisher(tmp_path, 0, "m", lambda: state(of))
+    sink = FileSink(tmp_path, 0)
+    publisher = Publisher([sink], 0, "m", lambda: state(of))
 
     def speedup() -> float | None:
         publisher.write()
-        return json.loads(publisher.path.read_text())["state"]["recent_speedup"]
+        return json.loads(sink.path.read_text())["state"]["recent_speedup"]
 
     assert speedup() is None
     of.add_prediction(1.0, 1e6, plain_us=2e6, time_us=1e6)
@@ -157,24 +158,52 @@ def test_speedup_of_the_last_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_file_goes_with_its_engine(tmp_path: Path) -> None:
     answers = [state(stats()), None]
-    publisher = Publisher(tmp_path, 0, "m", lambda: answers.pop(0))
+    sink = FileSink(tmp_path, 0)
+    publisher = Publisher([sink], 0, "m", lambda: answers.pop(0))
     assert publisher.write()
-    assert publisher.path.exists()
+    assert sink.path.exists()
     assert not publisher.write()
-    assert not publisher.path.exists()
+    assert not sink.path.exists()
 
 
 def test_a_newer_engine_takes_the_place_of_an_older(tmp_path: Path) -> None:
     """Of one process, one after the other: the first must not remove or hide the second."""
     answers = [state(Stats()), None]
-    first = Publisher(tmp_path, 0, "m", lambda: answers.pop(0))
+    sink = FileSink(tmp_path, 0)
+    first = Publisher([sink], 0, "m", lambda: answers.pop(0))
     first.write()
-    os.utime(first.path, (1, 1))
-    second = Publisher(tmp_path, 0, "m", lambda: state(stats()))
+    os.utime(sink.path, (1, 1))
+    second = Publisher([FileSink(tmp_path, 0)], 0, "m", lambda: state(stats()))
     second.write()
     assert samples(shown(tmp_path))["knapspec:rounds_total", ()] == 2
     first.write()
     assert samples(shown(tmp_path))["knapspec:rounds_total", ()] == 2
+
+
+def test_ray_gets_increments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray adds up what it is given; a histogram is its count and its sum."""
+    metrics = pytest.importorskip("ray.util.metrics")
+    given: list[tuple[str, float, dict[str, str]]] = []
+    for kind, method in ((metrics.Counter, "inc"), (metrics.Gauge, "set")):
+        monkeypatch.setattr(
+            kind, method, lambda self, value, tags: given.append((self.info["name"], value, tags))
+        )
+    of, labels = stats(), {"model_name": "m", "engine": "0"}
+    sink = ray_sink.RaySink()
+    sink.put(labels, state(of))
+    first = {(name, *sorted(set(tags.values()) - {"m", "0"})): n for name, n, tags in given}
+    assert first["knapspec_rounds",] == 2
+    assert first["knapspec_plan_layers",] == 30
+    assert first["knapspec_draft_tokens", "4096-16383"] == 3
+    assert first["knapspec_batch_size_count", "true"] == 1
+    assert first["knapspec_plan_solve_seconds_sum",] == pytest.approx(0.2)
+    assert all(tags["model_name"] == "m" for _, _, tags in given)
+    given.clear()
+    of.add_choice(4, True, "")
+    sink.put(labels, state(of))
+    counted = {name: n for name, n, _ in given if "knapspec_plan_" not in name}
+    assert counted["knapspec_rounds"] == 1
+    assert "knapspec_draft_tokens" not in counted
 
 
 @pytest.fixture
@@ -244,7 +273,7 @@ for path in ("/metrics", "/metrics/"):
 def test_the_page_shows_it_with_one_and_with_several_api_servers(
     tmp_path: Path, several: bool
 ) -> None:
-    Publisher(tmp_path, 0, "m", lambda: state(stats())).write()
+    Publisher([FileSink(tmp_path, 0)], 0, "m", lambda: state(stats())).write()
     environment = {k: v for k, v in os.environ.items() if k != "PROMETHEUS_MULTIPROC_DIR"}
     if several:
         environment["PROMETHEUS_MULTIPROC_DIR"] = str(tmp_path)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from knapspec_vllm.request_options import check, draft_limit
+from knapspec_vllm.request_options import admitted_limit, check, draft_limit
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,17 @@ def test_limits(given: dict | None, limit: int | None) -> None:
 def test_refused_values(value: object) -> None:
     with pytest.raises(ValueError, match=r"knapspec_draft_length'] is .*; write a whole number"):
         check({"knapspec_draft_length": value})
+
+
+def test_what_was_not_refused_at_admission_does_not_draft(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In a worker an error would end the server for everybody."""
+    assert admitted_limit({"knapspec_draft_length": 3}) == 3
+    assert admitted_limit({}) is None
+    for _ in range(3):
+        assert admitted_limit({"knapspec_draft_length": "many"}) == 0
+    assert caplog.text.count("served without speculation") == 1
 
 
 @pytest.mark.parametrize("key", ["max_length", "draft_length", "output_length", "top_n", 7])

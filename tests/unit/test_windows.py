@@ -63,7 +63,7 @@ def test_slots() -> None:
     assert slots_of(table, positions, 4).tolist() == [[28, 13, 39], [11, 16, 19]]
 
 
-def test_selecting_rows_keeps_everything_aligned() -> None:
+def test_rows_of_the_runner_s_batch_in_their_order() -> None:
     candidates = Candidates(
         index=[0, 2, 1],
         req_ids=["a", "b", "c"],
@@ -75,11 +75,5 @@ def test_selecting_rows_keeps_everything_aligned() -> None:
     table = torch.arange(6, dtype=torch.int32).view(3, 2)
     rows = candidates.to_rows(table, torch.device("cpu"))
     assert rows.block_table.tolist() == [[0, 1], [4, 5], [2, 3]]
-    assert rows.select([0, 1, 2]) is rows
-    some = rows.select([2, 0])
-    assert some.index == [1, 0]
-    assert some.req_ids == ["c", "a"]
-    assert some.tokens.tolist() == [12, 10]
-    assert some.positions.tolist() == some.host_positions == [30, 4]
-    assert some.limits == [3, 1]
-    assert some.block_table.tolist() == [[2, 3], [0, 1]]
+    assert rows.tokens.tolist() == [10, 11, 12]
+    assert rows.positions.tolist() == rows.host_positions == [4, 9, 30]

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`knapspec:` metrics among Ray's own, from workers that are Ray actors.
+
+With Ray Serve LLM nobody answers a /metrics of vLLM's: its loggers record into ray.util.metrics,
+which Ray's agent of each node exposes as `ray_...`. An actor may do the same from wherever it is
+placed. Ray takes no colon in a name, counters by their increments only, and histograms only by
+single observations; so a colon becomes an underscore, as in vLLM's wrappers, and a histogram is
+two counters, of its observations and of their sum.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from knapspec_vllm.metrics.families import ENGINE_LABELS, FAMILIES, PREFIX, Family
+
+
+def in_ray_worker() -> bool:
+    """Whether this process is a worker of a Ray cluster, which need not have Ray installed."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+class RaySink:
+    """Records into ray.util.metrics; see the module."""
+
+    def __init__(self) -> None:
+        from ray.util import metrics
+
+        self._metrics = metrics
+        self._counters: dict[str, Any] = {}
+        self._gauges: dict[str, Any] = {}
+        #: Of counters, by name and label values: what has been recorded.
+        self._recorded: dict[tuple[str, tuple[str, ...]], float] = {}
+
+    def put(self, labels: Mapping[str, str], state: Mapping[str, Any]) -> None:
+        engine = tuple(labels[name] for name in ENGINE_LABELS)
+        for family in FAMILIES:
+            for values, value in family.read(state):
+                tags = (*engine, *values)
+                for name, number in _numbers(family, value):
+                    self._record(family, name, tags, number)
+
+    def close(self) -> None:
+        """Nothing: Ray forgets an actor's metrics with the actor."""
+
+    def _record(self, family: Family, name: str, values: tuple[str, ...], number: float) -> None:
+        keys = (*ENGINE_LABELS, *family.labels)
+        tags = dict(zip(keys, values, strict=True))
+        if family.kind == "gauge":
+            if name not in self._gauges:
+                self._gauges[name] = self._metrics.Gauge(name, family.help, keys)
+            self._gauges[name].set(number, tags=tags)
+            return
+        if name not in self._counters:
+            self._counters[name] = self._metrics.Counter(name, family.help, keys)
+        more = number - self._recorded.get((name, values), 0.0)
+        if more > 0:  # Ray refuses to add nothing
+            self._counters[name].inc(more, tags=tags)
+            self._recorded[name, values] = number
+
+
+def _numbers(family: Family, value: Any) -> Iterator[tuple[str, float]]:
+    """Names as Ray takes them, and numbers."""
+    name = re.sub(r"\W", "_", PREFIX + family.name)
+    if family.kind == "histogram":
+        yield f"{name}_count", float(sum(value["counts"]))
+        yield f"{name}_sum", float(value["sum"])
+    else:
+        yield name, float(value)
