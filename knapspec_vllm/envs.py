@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only environment variables KnapSpec reads.
+"""The only environment variables that serving reads.
 
 Settings never live in the environment: Ray does not copy it to workers. See config.py for them.
 """

@@ -251,6 +251,10 @@ AFTER: tuple[Rule, ...] = (
     ),
     _pooling,
     _flag(
+        "model_config.enable_prompt_embeds",
+        "--enable-prompt-embeds gives rows without token ids to judge plans on; remove it.",
+    ),
+    _flag(
         "model_config.is_multimodal_model",
         "multimodal models are not supported; serve this one without KnapSpec.",
     ),

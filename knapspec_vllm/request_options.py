@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,8 +39,8 @@ def draft_limit(extra_args: Mapping[str, Any] | None) -> int | None:
         exact = False
     if not exact or number < 0:
         raise ValueError(
-            f"vllm_xargs['{DRAFT_LENGTH}'] is {value!r}; write a whole number: 0 to decode this "
-            "request without speculation, n to draft at most n tokens a round."
+            f"vllm_xargs['{DRAFT_LENGTH}'] is {reprlib.repr(value)}; write a whole number: 0 "
+            "to decode this request without speculation, n to draft at most n tokens a round."
         )
     return number
 

@@ -50,8 +50,11 @@ class Figures:
     ratio_full_batch: float | None
     #: Of the requests' time per output token.
     tpot_ratio: float | None
-    #: What KnapSpec predicted for these rounds.
+    #: What KnapSpec predicted for the rounds that it measured.
     predicted: float | None
+    #: The same as it turned out: while the batch has all its rows, whole sums over whole sums,
+    #: without the time of solves.
+    realised: float | None
     realised_over_predicted: float | None
     acceptance: float | None
     #: Tokens per verified draft, vLLM's own token included.
@@ -88,7 +91,7 @@ def figures(mine: Measurement, plain: Measurement | None, alternated: bool = Tru
     speeds = [r.tokens_per_second for r in mine.rounds]
     low, middle, high = spread(speeds)
     ratios: list[float] = []
-    best = full_ratio = tpot_ratio = None
+    best = full_ratio = tpot_ratio = realised = None
     if plain is not None and mine.arm != PLAIN:
         base = [r.tokens_per_second for r in plain.rounds]
         ratios = [a / b for a, b in zip(speeds, base, strict=False) if b > 0]
@@ -97,6 +100,7 @@ def figures(mine: Measurement, plain: Measurement | None, alternated: bool = Tru
         full_ratio = _median(
             quotient(a.full_tokens_per_second, b.full_tokens_per_second) for a, b in pairs
         )
+        realised = quotient(_full_speed(mine), _full_speed(plain))
         tpot_ratio = _median(quotient(b.tpot_seconds, a.tpot_seconds) for a, b in pairs)
     ratio_low, ratio, ratio_high = spread(ratios) if ratios else (None, None, None)
     state = mine.knapspec or {}
@@ -123,7 +127,8 @@ def figures(mine: Measurement, plain: Measurement | None, alternated: bool = Tru
         ratio_full_batch=full_ratio,
         tpot_ratio=tpot_ratio,
         predicted=predicted,
-        realised_over_predicted=quotient(ratio, predicted),
+        realised=realised,
+        realised_over_predicted=quotient(realised, predicted),
         acceptance=acceptance,
         accepted_length=length,
         drafting=quotient(stats.get("drafting_rounds"), stats.get("rounds")),
@@ -144,6 +149,14 @@ def figures(mine: Measurement, plain: Measurement | None, alternated: bool = Tru
 
 def _mib(size: int | None) -> float | None:
     return None if size is None else size / 2**20
+
+
+def _full_speed(measurement: Measurement) -> float | None:
+    """Tokens per second while the batch has all its rows, solves left out; None without any."""
+    stats = (measurement.knapspec or {}).get("stats") or {}
+    seconds = sum(r.full_seconds for r in measurement.rounds)
+    seconds -= stats.get("measured_solve_us", 0.0) / 1e6
+    return sum(r.full_tokens for r in measurement.rounds) / seconds if seconds > 0 else None
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:

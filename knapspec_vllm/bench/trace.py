@@ -42,8 +42,11 @@ def traced(engine: Any) -> Iterator[list[Step]]:
 def windows(steps: Sequence[Step]) -> dict[str, list[float] | None]:
     """[seconds, tokens] of "decode" and "full"; None where there is no such time.
 
-    Both begin when the last row has its first token. "decode" ends with the last row, "full" with
-    the first row that ends: so long the batch has all its rows.
+    Both begin when the last row has its first token. "decode" ends one step before the last row
+    does, "full" one step before the first row that ends: so long the batch has all its rows. One
+    step before, because a row's first draft is made before its first token is out, and its last
+    verify step drafts nothing: up to the end there would be one verify step more than drafts, which
+    flattered a request of 64 tokens by 7%. Only where nothing is left, "decode" goes to the end.
     """
     begun = next((i for i, (_, counts) in enumerate(steps) if min(counts) > 0), None)
     if begun is None:
@@ -54,7 +57,10 @@ def windows(steps: Sequence[Step]) -> dict[str, list[float] | None]:
         for i, (_, counts) in enumerate(steps)
         if any(a == b for a, b in zip(counts, last, strict=True))
     )
-    return {"decode": _window(steps, begun, len(steps) - 1), "full": _window(steps, begun, ended)}
+    return {
+        "decode": _window(steps, begun, max(begun + 1, len(steps) - 2)),
+        "full": _window(steps, begun, ended - 1),
+    }
 
 
 def _window(steps: Sequence[Step], begin: int, end: int) -> list[float] | None:

@@ -87,6 +87,7 @@ class CalibrationStore:
             "attention_path": calibration.attention_path,
             "measured_at": calibration.measured_at,
         }
+        name = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
@@ -94,6 +95,8 @@ class CalibrationStore:
                 json.dump(entry, file, indent=1, sort_keys=True)
             os.replace(name, self.path)
         except OSError as error:
+            if name is not None:
+                Path(name).unlink(missing_ok=True)
             logger.warning("KnapSpec could not store its calibration in %s: %s", self.path, error)
 
 

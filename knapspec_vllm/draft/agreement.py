@@ -25,8 +25,13 @@ class Agreement:
     def leads(self) -> bool:
         return self._group.rank_in_group == 0
 
+    @property
+    def alone(self) -> bool:
+        """Whether this rank may act on what only it has seen."""
+        return self._group.world_size == 1
+
     def share(self, value: T) -> T:
         """Rank 0's value, on every rank. All ranks must call it."""
-        if self._group.world_size == 1:
+        if self.alone:
             return value
         return self._group.broadcast_object(value, src=0)

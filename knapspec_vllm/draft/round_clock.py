@@ -12,6 +12,9 @@ from knapspec_vllm.draft.rows import Candidates
 from knapspec_vllm.metrics.stats import Stats
 from knapspec_vllm.planner.types import Batch, Choice
 
+_PAUSED = 20.0
+"""A round that takes so many times what it should was interrupted: a paused engine, a debugger."""
+
 
 @dataclass(frozen=True)
 class _Round:
@@ -64,8 +67,10 @@ class RoundClock:
             return
         engine_us = (self._entered - last.ended) * 1e6
         step_us = engine_us + last.own_us
+        if 0 < _PAUSED * last.choice.round_us < step_us + last.draft_us:
+            return
         stats.add_round(engine_us, last.own_us, last.draft_us, last.solve_us)
-        if policy is None:
+        if policy is None or last.solve_us > 0:  # what follows a solve finds its caches cold
             return
         # What rows of different lengths take is not on the curves.
         if last.scheduled_tokens == last.batch.rows * (1 + last.forwards):

@@ -14,14 +14,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+logger = logging.getLogger("vllm.knapspec")
 
 INTERVAL_SECONDS = 1.0
 RECENT_SECONDS = 60.0
@@ -51,12 +53,14 @@ class FileSink:
         text = json.dumps({"labels": labels, "state": state})
         if text == self._last:
             return
-        with contextlib.suppress(OSError):  # the run folder went with its server
-            handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-            os.replace(name, self.path)
+        temporary = self.path.with_suffix(".tmp")
+        try:
+            temporary.write_text(text)
+            os.replace(temporary, self.path)
             self._last = text
+        except OSError:  # the run folder went with its server, or the disk is full
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -75,7 +79,7 @@ class Publisher:
         interval_seconds: float = INTERVAL_SECONDS,
     ) -> None:
         """engine: index of the engine core, for data-parallel servers. model: its served name."""
-        self._sinks = sinks
+        self._sinks = list(sinks)
         self._labels = {"model_name": model, "engine": str(engine)}
         self._read = read
         self._interval = interval_seconds
@@ -95,8 +99,12 @@ class Publisher:
                 sink.close()
             return False
         state["recent_speedup"] = self._recent_speedup(state["stats"])
-        for sink in self._sinks:
-            sink.put(self._labels, state)
+        for sink in list(self._sinks):
+            try:
+                sink.put(self._labels, state)
+            except Exception:  # of Ray's: the other sink goes on
+                logger.exception("KnapSpec publishes no more metrics to %s", type(sink).__name__)
+                self._sinks.remove(sink)
         return True
 
     def _run(self) -> None:

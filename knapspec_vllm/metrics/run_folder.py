@@ -39,7 +39,8 @@ def create() -> Path | None:
     os.environ[envs.RUN_FOLDER] = str(folder)
     # Ray starts workers from its own daemon, so vLLM copies what it is told to.
     names = [name for name in os.environ.get(_RAY_NAMES, "").split(",") if name]
-    wanted = [n for n in (envs.RUN_FOLDER, envs.KERNELS) if n not in names]
+    ours = (envs.RUN_FOLDER, envs.KERNELS, envs.ALLOW_UNTESTED_VLLM)
+    wanted = [name for name in ours if name not in names]
     os.environ[_RAY_NAMES] = ",".join([*names, *wanted])
     atexit.register(_remove, folder, os.getpid())
     return folder

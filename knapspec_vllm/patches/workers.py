@@ -48,17 +48,14 @@ def _make_warm_up(original: Any) -> Any:
 
 def _publish(drafter: Any, vllm_config: Any) -> None:
     """From rank 0: the others decide nothing and count the same."""
-    if not drafter.agreement.leads:
+    folder, in_ray = run_folder.current(), ray_sink.in_ray_worker()
+    if (folder is None and not in_ray) or not drafter.agreement.leads:
         return
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     engine = getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
-    sinks: list[Sink] = []
-    if (folder := run_folder.current()) is not None:
-        sinks.append(FileSink(folder, engine))
-    if ray_sink.in_ray_worker():
+    sinks: list[Sink] = [] if folder is None else [FileSink(folder, engine)]
+    if in_ray:
         sinks.append(ray_sink.RaySink())
-    if not sinks:
-        return
     alive = weakref.ref(drafter)
 
     def read() -> dict[str, Any] | None:

@@ -56,10 +56,7 @@ class Corrections:
         log_factor, clip = math.log(time_us / predicted_us), math.log(_CLIP)
         believed = math.log(self.factor(part, batch))
         for bucket in (kind_of(batch), None):
-            mean = self._means.get((part, bucket))
-            if mean is None:
-                mean = _Mean(believed)
-                self._means[part, bucket] = mean
+            mean = self._means.setdefault((part, bucket), _Mean(believed))
             mean.count += 1
             step = min(max(log_factor - mean.log_factor, -clip), clip)
             mean.log_factor += max(_RATE, 1.0 / (mean.count + _PRIOR[part])) * step
@@ -79,9 +76,10 @@ class Corrections:
         self.version += 1
 
     def factor(self, part: Part, batch: Batch) -> float:
-        """For this kind of batch, else over all batches. Verify steps that nobody has seen are
-        taken to be off as much as plain ones."""
-        for bucket in (kind_of(batch), None):
+        """For this kind of batch, else the next shorter or longer one, else over all batches.
+        Verify steps that nobody has seen are taken to be off as much as plain ones."""
+        rows, context = kind_of(batch)
+        for bucket in ((rows, context), (rows, context - 1), (rows, context + 1), None):
             mean = self._means.get((part, bucket))
             if mean is not None:
                 return math.exp(mean.log_factor)

@@ -12,33 +12,47 @@ from collections import Counter
 from knapspec_vllm.planner.corrections import Corrections, kind_of
 from knapspec_vllm.planner.types import Batch
 
-_FIRST, _MOST_TRIES = 4, 16
-"""Plain rounds to measure before a kind of batch speculates, and how often to try: while requests
-come and go no round can be measured."""
+_MOST_TRIES = 16
+"""How often to try for the first plain round of a kind of batch, before it speculates: while
+requests come and go no round can be measured."""
+_APART = 3
+"""Rounds from the first to the second; from there on twice as many each time. Rounds in a row share
+what else the machine does: four of them, measured once, were 10% off for a hundred rounds."""
 _COST, _LEAST_EVERY = 0.005, 8
-"""Then so often that it costs this share of the time: every 33rd round at a speedup of 1.2, every
-100th at 2. Measured every 256th, a plain step believed 15% too long kept a batch drafting at a
-loss."""
+"""At last so often that it costs this share of the time: every 33rd round at a speedup of 1.2,
+every 100th at 2. Measured every 256th, a plain step believed 15% too long kept a batch drafting at
+a loss."""
 
 
 class PlainRounds:
-    """Counts the rounds that draft, and those it took from them."""
+    """Counts, for each kind of batch, the rounds that draft since a plain one was measured."""
 
     def __init__(self, corrections: Corrections) -> None:
         self._corrections = corrections
-        self._since = 0
+        self._since: Counter[tuple[int, int]] = Counter()
         self._tries: Counter[tuple[int, int]] = Counter()
+        self._measured: Counter[tuple[int, int]] = Counter()
 
     def due(self, batch: Batch, speedup: float) -> bool:
         """Whether this round, which would draft at the predicted `speedup`, should not."""
         if not self._corrections.enabled:
             return False
-        self._since += 1
-        kind = kind_of(batch)
-        unknown = self._corrections.count("plain", batch) < _FIRST
-        every = max(_LEAST_EVERY, (1.0 - 1.0 / max(speedup, 1.0)) / _COST)
-        if (unknown and self._tries[kind] < _MOST_TRIES) or self._since >= every:
-            self._tries[kind] += 1
-            self._since = 0
-            return True
-        return False
+        kind, measured = kind_of(batch), self._corrections.count("plain", batch)
+        if measured != self._measured[kind]:
+            self._measured[kind] = measured
+            self._since[kind] = self._tries[kind] = 0
+        self._since[kind] += 1
+        if self._since[kind] < self._wait(kind, measured, speedup):
+            return False
+        if not measured and self._tries[kind] >= _MOST_TRIES:
+            return False
+        self._tries[kind] += 1
+        self._since[kind] = 0
+        return True
+
+    def _wait(self, kind: tuple[int, int], measured: int, speedup: float) -> float:
+        """Rounds from the last plain one to the next; fewer to one that could not be measured."""
+        if not measured:
+            return 0.0
+        most = _LEAST_EVERY if self._tries[kind] else (1.0 - 1.0 / max(speedup, 1.0)) / _COST
+        return min(_APART * 2.0 ** min(measured - 1, 16), max(most, _LEAST_EVERY))

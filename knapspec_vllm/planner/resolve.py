@@ -61,7 +61,7 @@ class ResolveRule:
         choice. ceiling: speedup if every draft of the cheapest plan were accepted; asked for last.
         """
         trigger = self._trigger(batch, frontier, drift)
-        if trigger is None:
+        if trigger is None or self._items_us(batch) <= 0:  # curves with nothing to save on them
             return None
         highest = ceiling()
         if highest < self._config.min_speedup and not self._config.always_draft:
@@ -84,6 +84,10 @@ class ResolveRule:
             return True
         share = min(max(_GAIN_REALISM * (ceiling - speedup), _MIN_SHARE), _MAX_SHARE)
         return self._elapsed_us * share / 2**self._fruitless >= self._solve_us
+
+    def _items_us(self, batch: Batch) -> float:
+        attention_us = self._costs.item_us("attention", Mode.FULL, batch)
+        return attention_us + self._costs.item_us("mlp", Mode.FULL, batch)
 
     def _cost_ratio(self, batch: Batch, frontier: Frontier) -> float:
         """How far attention's price relative to the MLP's has moved since the solve, >= 1."""

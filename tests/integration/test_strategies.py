@@ -35,7 +35,7 @@ def test_drafts_with_the_plans_of(name: str, expected: list[list[int]], tmp_path
         found = greedy(llm, PROMPTS, 60)
         proposer = proposer_of(llm)
         plans = {e.plan for e in proposer.planning.policy.frontier.estimates}
-        strategy = proposer.planning._strategy
+        strategy = proposer.planning.solving.strategy
         stats = proposer.stats
         chosen = proposer.planning.last_drafting_choice.plan
     assert_same_tokens(expected, found)

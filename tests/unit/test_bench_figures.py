@@ -71,10 +71,16 @@ def test_what_knapspec_counted() -> None:
         "drafted_by_position": [20, 12, 8], "predicted_plain_us": 2400.0,
         "predicted_round_us": 2000.0,
     }  # fmt: skip
-    plain = measured("plain", [100.0])
-    row = figures(measured("knapspec", [114.0], knapspec=stats_state(**stats)), plain)
+    plain = measured("plain", [100.0, 50.0])
+    row = figures(measured("knapspec", [114.0, 57.0], knapspec=stats_state(**stats)), plain)
     assert row.predicted == pytest.approx(1.2)
+    assert row.realised == pytest.approx(1.14)
     assert row.realised_over_predicted == pytest.approx(0.95)
+    # 1.3 s in all, of which a solve took 0.3.
+    slow = measured("knapspec", [50 / 1.3], knapspec=stats_state(measured_solve_us=0.3e6, **stats))
+    solved = figures(slow, measured("plain", [50.0]))
+    assert solved.ratio == pytest.approx(1 / 1.3)
+    assert solved.realised == pytest.approx(50 / (1.3 - 0.3) / 50)
     assert (row.acceptance, row.accepted_length, row.drafting) == (0.75, 2.5, 0.75)
 
 

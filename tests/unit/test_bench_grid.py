@@ -134,8 +134,9 @@ STEPS = [(10.0, (1, 0)), (11.0, (2, 1)), (12.0, (4, 2)), (13.0, (6, 3)), (15.0, 
 
 
 def test_windows() -> None:
-    """Decode begins with the last row's first token; the batch is full until a row has ended."""
-    assert windows(STEPS) == {"decode": [4.0, 9], "full": [2.0, 6]}
+    """Decode begins with the last row's first token; the batch is full until a row ends. The step
+    in which a row ends is left out: it verifies a draft, and makes none."""
+    assert windows(STEPS) == {"decode": [2.0, 6], "full": [1.0, 3]}
     assert windows([]) == {"decode": None, "full": None}
     # A row that ends with its first token.
     assert windows([(1.0, (1, 1)), (2.0, (1, 2))]) == {"decode": [1.0, 1], "full": None}

@@ -110,9 +110,9 @@ def test_a_round() -> None:
     ]  # fmt: skip
     first, second = answer["batches"]
     # The second row begins one step late and ends one step late.
-    assert first["decode"] == [3.0, 8 - 3]
-    assert first["full"] == [2.0, 4]
-    assert second["decode"] == [3.0, 3]
+    assert first["decode"] == [2.0, 7 - 3]
+    assert first["full"] == [1.0, 2]
+    assert second["decode"] == [2.0, 2]
     assert [request["tokens"] for request in first["requests"]] == [[9] * 4] * 2
     assert first["requests"][0]["last"] - first["requests"][0]["first"] == 3.0
     assert first["requests"][0]["ttft"] == 0.5

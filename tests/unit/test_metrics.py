@@ -206,6 +206,23 @@ def test_ray_gets_increments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "knapspec_draft_tokens" not in counted
 
 
+def test_a_sink_that_fails_does_not_stop_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        def put(self, *_: object) -> None:
+            raise RuntimeError("Ray is gone")
+
+        def close(self) -> None: ...
+
+    file = FileSink(tmp_path, 0)
+    publisher = Publisher([Broken(), file], 0, "m", lambda: state(stats()))
+    assert publisher.write()
+    assert publisher.write()
+    assert file.path.exists()
+    assert caplog.text.count("publishes no more metrics to Broken") == 1
+
+
 @pytest.fixture
 def no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KNAPSPEC_RUN_FOLDER", raising=False)
@@ -221,7 +238,8 @@ def test_run_folder_reaches_children_and_ray(monkeypatch: pytest.MonkeyPatch) ->
     assert run_folder.create() == folder == run_folder.current()
     assert os.environ["KNAPSPEC_RUN_FOLDER"] == str(folder)
     copied = os.environ["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"].split(",")
-    assert copied == ["MINE", "KNAPSPEC_RUN_FOLDER", "KNAPSPEC_KERNELS"]
+    ours = ["KNAPSPEC_RUN_FOLDER", "KNAPSPEC_KERNELS", "KNAPSPEC_ALLOW_UNTESTED_VLLM"]
+    assert copied == ["MINE", *ours]
     run_folder._remove(folder, os.getpid() + 1)  # a forked child's exit
     assert folder.is_dir()
     run_folder._remove(folder, os.getpid())

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.draft.planning import Planning
@@ -14,7 +15,7 @@ from knapspec_vllm.metrics.stats import Stats
 from knapspec_vllm.planner.types import Batch, Choice
 from tests.helpers_policy import HALF, LAYERS, costs, frontier
 
-ONE_RANK = SimpleNamespace(leads=True, share=lambda value: value)
+ONE_RANK = SimpleNamespace(leads=True, alone=True, share=lambda value: value)
 
 
 def planning(hits: int, **settings: Any) -> tuple[Planning, list[Batch]]:
@@ -85,6 +86,53 @@ def test_a_solve_that_was_asked_for_is_not_kept_waiting() -> None:
     made.request_solve()
     rounds(made, 1)
     assert len(asked) == 2
+
+
+def test_a_solve_that_finds_nothing_takes_no_plans_away() -> None:
+    stored = []
+    made, _ = planning(hits=1000)
+    made.solving._on_frontier = stored.append
+    assert made.policy is not None
+    before = made.policy.frontier
+    assert before is not None
+    for estimates in ((), before.estimates[:1]):
+        solve = SimpleNamespace(ready=lambda: True, result=lambda e=estimates: e, time_us=1e5)
+        pending: Any = SimpleNamespace(solve=solve, batch=ALONE, described="test")
+        made.solving._pending = pending
+        made.solving.collect(made.policy)
+        assert made.solving._pending is None
+        assert made.policy.frontier is not None
+        assert made.policy.frontier.estimates == before.estimates
+    assert len(stored) == 1
+    assert made._stats.solves == 2
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_out_of_memory_ends_solving_and_not_the_server(
+    alone: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With several ranks the others wait in a collective: then it has to end."""
+    made, _ = planning(hits=1000, resolve=True)
+    tries = []
+
+    def solve(*_: Any) -> None:
+        tries.append(1)
+        raise torch.OutOfMemoryError("no room")
+
+    made.solving._solve = solve  # type: ignore[method-assign, assignment]
+    ranks: Any = SimpleNamespace(leads=True, alone=alone, share=lambda value: value)
+    made.solving._agreement = ranks
+    references: Any = SimpleNamespace(tokens=[1])
+    made.request_solve()
+    if not alone:
+        with pytest.raises(torch.OutOfMemoryError):
+            made.choose(ALONE, 4, lambda: references)
+        return
+    for _ in range(3):
+        assert made.choose(ALONE, 4, lambda: references).plan == HALF
+        made.request_solve()
+    assert tries == [1]
+    assert "solves no more" in caplog.text
 
 
 def test_drafting_is_decided_every_round() -> None:

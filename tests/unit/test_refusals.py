@@ -105,6 +105,7 @@ def test_a_plain_config_is_admitted(config: Any) -> None:
         ("parallel_config.decode_context_parallel_size", 2, "--decode-context-parallel-size is 2"),
         ("parallel_config.prefill_context_parallel_size", 4, "--prefill-context-parallel-size"),
         ("parallel_config.enable_dbo", True, "--enable-dbo"),
+        ("model_config.enable_prompt_embeds", True, "--enable-prompt-embeds"),
         ("parallel_config.ubatch_size", 2, "--ubatch-size"),
         ("parallel_config.enable_expert_parallel", True, "--enable-expert-parallel"),
         ("parallel_config.enable_eplb", True, "--enable-eplb"),

@@ -50,6 +50,17 @@ def test_a_new_kind_of_batch_starts_from_what_all_have_shown():
     assert made.factor("draft", LONG) == pytest.approx(1.5 ** (4 / 5))
 
 
+def test_a_context_that_grows_into_the_next_kind_keeps_what_is_known():
+    """Requests of 2,000 tokens have 2,048 soon; all batches say less about them."""
+    made = Corrections()
+    observe(made, "plain", Batch(1, 2000), 120.0)
+    observe(made, "plain", MANY, 60.0)
+    assert made.factor("plain", Batch(1, 2100)) == pytest.approx(1.2)
+    assert made.factor("plain", Batch(1, 1000)) == pytest.approx(1.2)
+    assert made.count("plain", Batch(1, 2100)) == 0
+    assert made.factor("plain", Batch(1, 9000)) < 1.0  # of all
+
+
 def test_beliefs_weigh_at_first_and_are_forgotten_later():
     made = Corrections()
     made.observe("draft", ONE, 100.0, 132.0)

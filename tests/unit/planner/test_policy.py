@@ -2,6 +2,7 @@
 """Choices by hand-computed numbers: start, stop, hysteresis, forced settings."""
 
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -195,14 +196,20 @@ def test_an_outlier_round_is_clipped_and_fixed_overhead_learns_nothing():
 
 def test_measures_plain_rounds_before_and_while_speculating():
     made, _ = policy(frontier((HALF, 990)), round_overhead_us=None, most=1)
-    for _ in range(4):
-        choice = made.choose(BATCH, 1)
-        assert (choice.plan, choice.code) == (None, "measuring")
-        made.observe_step(BATCH, 1, 1000.0)
+    codes = []
+    for _ in range(600):
+        codes.append(made.choose(BATCH, 1).code)
+        if codes[-1] == "measuring":
+            made.observe_step(BATCH, 1, 1000.0)
+    found = [number for number, code in enumerate(codes) if code == "measuring"]
+    assert set(codes) == {"", "measuring"}
     # A speedup of 1.14: a plain round costs an eighth of a round, one in 25 costs 0.5%.
-    codes = [made.choose(BATCH, 1).code for _ in range(600)]
-    assert codes.count("measuring") == 24
-    assert codes.count("") == 576
+    assert found[:6] == [0, 3, 9, 21, 45, 70]
+    assert {b - a for a, b in pairwise(found[4:])} == {25}
+    # One that could not be measured is asked for again soon, and not every round.
+    lost = [made.choose(BATCH, 1).code for _ in range(60)]
+    times = [number for number, code in enumerate(lost) if code == "measuring"]
+    assert {b - a for a, b in pairwise(times)} == {8}
     # Another kind of batch has to be measured as well; what loses is declined, not measured.
     other = Batch(8, 8 * BATCH.context_tokens)
     assert made.choose(other, 1).code in ("measuring", "no gain")
