@@ -19,7 +19,7 @@ from knapspec_vllm.metrics.families import ENGINE_LABELS, FAMILIES, PREFIX, Fami
 
 
 def in_ray_worker() -> bool:
-    """Whether this process is a worker of a Ray cluster, which need not have Ray installed."""
+    """Whether this process has joined a Ray cluster; False where Ray is absent or not used."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
 
