@@ -17,7 +17,7 @@ from pathlib import Path
 
 from knapspec_vllm.bench.arms import PLAIN
 from knapspec_vllm.bench.provenance import without_folders
-from knapspec_vllm.bench.results import FILE, Measurement, Results
+from knapspec_vllm.bench.results import FILE, Measurement, Results, Round
 
 CSV_FILE = "bench.csv"
 #: Below this, an arm counts as slower than plain vLLM.
@@ -52,8 +52,8 @@ class Figures:
     tpot_ratio: float | None
     #: What KnapSpec predicted for the rounds that it measured.
     predicted: float | None
-    #: The same as it turned out: while the batch has all its rows, whole sums over whole sums,
-    #: without the time of solves.
+    #: The same as it turned out: while the batch has all its rows, sums over sums, without the
+    #: rounds that solved for plans.
     realised: float | None
     realised_over_predicted: float | None
     acceptance: float | None
@@ -64,7 +64,7 @@ class Figures:
     identical: int | None
     compared: int | None
     output_tokens: int
-    #: In use by the workers; added: over plain's. On a GPU vLLM gives what is left to the KV cache.
+    #: Held by the workers; added: over plain's. On a GPU vLLM gives what is left to the KV cache.
     memory_mib: float | None
     memory_added_mib: float | None
     exact: bool
@@ -100,7 +100,8 @@ def figures(mine: Measurement, plain: Measurement | None, alternated: bool = Tru
         full_ratio = _median(
             quotient(a.full_tokens_per_second, b.full_tokens_per_second) for a, b in pairs
         )
-        realised = quotient(_full_speed(mine), _full_speed(plain))
+        kept = [(a, b) for a, b in pairs if not a.solves] or pairs
+        realised = quotient(_full_speed(a for a, _ in kept), _full_speed(b for _, b in kept))
         tpot_ratio = _median(quotient(b.tpot_seconds, a.tpot_seconds) for a, b in pairs)
     ratio_low, ratio, ratio_high = spread(ratios) if ratios else (None, None, None)
     state = mine.knapspec or {}
@@ -151,12 +152,10 @@ def _mib(size: int | None) -> float | None:
     return None if size is None else size / 2**20
 
 
-def _full_speed(measurement: Measurement) -> float | None:
-    """Tokens per second while the batch has all its rows, solves left out; None without any."""
-    stats = (measurement.knapspec or {}).get("stats") or {}
-    seconds = sum(r.full_seconds for r in measurement.rounds)
-    seconds -= stats.get("measured_solve_us", 0.0) / 1e6
-    return sum(r.full_tokens for r in measurement.rounds) / seconds if seconds > 0 else None
+def _full_speed(rounds: Iterable[Round]) -> float | None:
+    """Tokens per second while the batch has all its rows; None where it never has."""
+    pairs = [(r.full_tokens, r.full_seconds) for r in rounds]
+    return quotient(float(sum(n for n, _ in pairs)), sum(seconds for _, seconds in pairs))
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:

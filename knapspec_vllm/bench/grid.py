@@ -83,7 +83,8 @@ def measure_cell(
             if number < 0:
                 continue
             name = engine.name
-            rounds[name].append(Round.of(answer["batches"]))
+            solves = ((answer["knapspec"] or {}).get("stats") or {}).get("solves", 0)
+            rounds[name].append(Round.of(answer["batches"], solves))
             counters[name] = total(counters.get(name, {}), answer["counters"])
             states[name] = _later(states[name], answer["knapspec"])
             memory[name] = answer.get("memory_bytes")

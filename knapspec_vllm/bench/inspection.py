@@ -34,14 +34,13 @@ def worker_facts(worker: Any) -> str:
 
 
 def worker_memory(worker: Any) -> str:
-    """Bytes in use: of the process on a CPU, of the whole device on a GPU."""
+    """Bytes that this process holds: resident on a CPU, reserved by torch on a GPU."""
     import psutil
     import torch
 
     device = getattr(worker, "device", None)
     if getattr(device, "type", "cpu") == "cuda":
-        free, whole = torch.cuda.mem_get_info(device)
-        return json.dumps(whole - free)
+        return json.dumps(torch.cuda.memory_reserved(device))
     return json.dumps(psutil.Process().memory_info().rss)
 
 

@@ -37,14 +37,15 @@ class Round:
 
     #: Wall clock of the timed passes, as the caller of LLM.generate sees it.
     seconds: float
-    #: From the first token of a batch's last row to its last token; summed over batches.
+    #: From the first token of a batch's last row to its last step but one; summed over batches.
     decode_seconds: float
     decode_tokens: int
-    #: As long as no row has ended; 0 where one ends before the last one begins.
+    #: The same up to the last step before a row ends; 0 where one ends before the last one begins.
     full_seconds: float
     full_tokens: int
     output_tokens: int
-    #: Decode time per output token of a request, mean over requests.
+    #: From first to last token per token, mean over requests: what clients call it. A request's
+    #: first draft chain is not in it but in its time to first token.
     tpot_seconds: float | None
     #: Median over requests that arrive together with nothing of them cached; None if cached.
     ttft_seconds: float | None
@@ -52,6 +53,8 @@ class Round:
     outputs: tuple[str, ...]
     #: False: the engine gave no time stamps; decode_seconds is `seconds`, rest of prefill included.
     exact: bool = True
+    #: For plans, of KnapSpec.
+    solves: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -62,7 +65,7 @@ class Round:
         return self.full_tokens / self.full_seconds if self.full_seconds > 0 else None
 
     @classmethod
-    def of(cls, batches: Sequence[dict[str, Any]]) -> Round:
+    def of(cls, batches: Sequence[dict[str, Any]], solves: int = 0) -> Round:
         """From a worker's answer: one entry per batch, see `worker.run_batch`."""
         requests = [request for batch in batches for request in batch["requests"]]
         output_tokens = sum(len(request["tokens"]) for request in requests)
@@ -87,6 +90,7 @@ class Round:
             ttft_seconds=statistics.median(cold) if cold and len(cold) == len(requests) else None,
             outputs=tuple(digest(request["tokens"]) for request in requests),
             exact=exact,
+            solves=solves,
         )
 
 
@@ -108,7 +112,7 @@ class Measurement:
     counters: dict[str, Any] = field(default_factory=dict)
     #: `KnapSpecProposer.snapshot()` at the end, with differences as its "stats".
     knapspec: dict[str, Any] | None = None
-    #: In use after the last round: by the workers' processes on a CPU, on their devices on a GPU.
+    #: Held after the last round: by the workers' processes on a CPU, by their torch on a GPU.
     memory_bytes: int | None = None
 
     @classmethod

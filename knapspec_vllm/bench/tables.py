@@ -16,8 +16,9 @@ _COLUMNS = (
     ("length", 6), ("identical", 9),
 )  # fmt: skip
 NOTES = (
-    "tokens/s: of decoding, from the first token of a batch's last row to the batch's last token, "
-    "by the engine's time stamps (prompts are in the prefix cache); median over rounds. "
+    "tokens/s: of decoding, from the first token of a batch's last row to the batch's last step "
+    "but one (as many draft chains as verify steps), by the engine's time stamps (prompts are in "
+    "the prefix cache); median over rounds. "
     "ms/token: per request.",
     "ttft: of rows that arrive together, nothing cached. ratio: tokens/s over plain's, round by "
     "round. minima: of the fastest rounds. full: while no row of the batch has ended, as in a "

@@ -58,7 +58,7 @@ def windows(steps: Sequence[Step]) -> dict[str, list[float] | None]:
         if any(a == b for a, b in zip(counts, last, strict=True))
     )
     return {
-        "decode": _window(steps, begun, max(begun + 1, len(steps) - 2)),
+        "decode": _window(steps, begun, min(len(steps) - 1, max(begun + 1, len(steps) - 2))),
         "full": _window(steps, begun, ended - 1),
     }
 

@@ -7,6 +7,7 @@ another schema, foreign hardware) is ignored with a warning and measured again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -96,7 +97,8 @@ class CalibrationStore:
             os.replace(name, self.path)
         except OSError as error:
             if name is not None:
-                Path(name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    Path(name).unlink()
             logger.warning("KnapSpec could not store its calibration in %s: %s", self.path, error)
 
 

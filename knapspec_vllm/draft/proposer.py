@@ -166,7 +166,8 @@ class KnapSpecProposer:
                 drafts[i] = draft
         lengths = [len(drafts[i]) for i in rows.index]
         solve_us = self.stats.phase_us["solve"] - solved_us
-        self._clock.ended(batch, rows, choice, lengths, draft_us, solve_us)
+        solving = solve_us > 0 or self.planning.solving.under_way
+        self._clock.ended(batch, rows, choice, lengths, draft_us, solve_us, solving)
         return drafts
 
     def snapshot(self) -> dict[str, Any]:

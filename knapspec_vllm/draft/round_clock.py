@@ -14,6 +14,8 @@ from knapspec_vllm.planner.types import Batch, Choice
 
 _PAUSED = 20.0
 """A round that takes so many times what it should was interrupted: a paused engine, a debugger."""
+_DOUBTS = 3
+"""So many of them in a row: then it is the prediction that is wrong, and has to be learned."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class _Round:
     """If every draft is scheduled and nothing else is."""
     draft_us: float
     solve_us: float
+    solving: bool
+    """Teaches nothing: kernels wait for a solve's, and what follows one finds its caches cold."""
     own_us: float
     """Spent in the proposal on anything but drafting and solving."""
     ended: float
@@ -44,6 +48,8 @@ class RoundClock:
         self._stats = stats
         self._round: _Round | None = None
         self._entered = 0.0
+        self._doubted = 0
+        """Rounds in a row that were taken to be interrupted."""
 
     def stop(self) -> None:
         self._round = None
@@ -67,10 +73,10 @@ class RoundClock:
             return
         engine_us = (self._entered - last.ended) * 1e6
         step_us = engine_us + last.own_us
-        if 0 < _PAUSED * last.choice.round_us < step_us + last.draft_us:
+        if self._interrupted(last.choice.round_us, step_us + last.draft_us):
             return
         stats.add_round(engine_us, last.own_us, last.draft_us, last.solve_us)
-        if policy is None or last.solve_us > 0:  # what follows a solve finds its caches cold
+        if policy is None or last.solving:
             return
         # What rows of different lengths take is not on the curves.
         if last.scheduled_tokens == last.batch.rows * (1 + last.forwards):
@@ -85,6 +91,13 @@ class RoundClock:
             step_us + last.draft_us,
         )
 
+    def _interrupted(self, predicted_us: float, time_us: float) -> bool:
+        if not 0 < _PAUSED * predicted_us < time_us or self._doubted >= _DOUBTS:
+            self._doubted = 0
+            return False
+        self._doubted += 1
+        return True
+
     def ended(
         self,
         batch: Batch,
@@ -93,8 +106,12 @@ class RoundClock:
         draft_lengths: list[int],
         draft_us: float,
         solve_us: float,
+        solving: bool,
     ) -> None:
-        """The proposal for `rows` is done, after draft_us of drafting and solve_us of solving."""
+        """The proposal for `rows` is done, after draft_us of drafting and solve_us of solving.
+
+        solving: a solve ran in it, or the device is still busy with one.
+        """
         now = time.perf_counter()
         self._round = _Round(
             batch=batch,
@@ -104,6 +121,7 @@ class RoundClock:
             scheduled_tokens=sum(draft_lengths) + len(draft_lengths),
             draft_us=draft_us,
             solve_us=solve_us,
+            solving=solving,
             own_us=max(0.0, (now - self._entered) * 1e6 - draft_us - solve_us),
             ended=now,
         )

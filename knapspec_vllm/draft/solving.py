@@ -82,10 +82,17 @@ class Solving:
             return self.strategy.reference_tokens
         return self._config.reference_tokens * self._config.reference_rows
 
+    @property
+    def under_way(self) -> bool:
+        """Whether the device may be busy with a solve."""
+        return self._pending is not None
+
     def start(
         self, policy: Policy, batch: Batch, references: Callable[[], References | None]
     ) -> None:
         """Queue a solve if one is due and a row is long enough."""
+        if self._out_of_memory:
+            self.requested = False
         if self._pending is not None or self._out_of_memory:
             return
         reason = "requested" if self.requested else None
@@ -124,7 +131,7 @@ class Solving:
         # A solve that finds nothing (a state that overflowed, say) takes no plans away.
         if estimates or policy.frontier is None:
             policy.set_frontier(frontier)
-        policy.note_solve(solve.time_us)
+        policy.note_solve(solve.time_us, bool(estimates))
         self._stats.add_solve(solve.time_us)
         logger.info(
             "KnapSpec solved %d plans in %.0f ms (%s)",

@@ -46,7 +46,7 @@ class Stats:
     #: Rounds that declined, by `Choice.code`.
     declined_rounds: Counter[str] = field(default_factory=Counter)
 
-    #: Of the rounds that were measured (an unchanged set of rows, no prefill): how many, solves in
+    #: Of the rounds that were measured (same rows, no prefill, no pause): how many, solves in
     #: them, and their time by phase. step: the engine's, from one proposal to the next; own: all
     #: else of ours; solve: of every solve, in whatever round.
     measured_rounds: int = 0
@@ -54,8 +54,8 @@ class Stats:
     phase_us: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("step", "draft", "own", "solve"), 0.0)
     )
-    #: Of the same rounds: what they should have taken, and plain decoding for as many tokens;
-    #: plain over round is the speedup that was predicted.
+    #: Of the same rounds, those with a solve left out: what they should have taken, and plain
+    #: decoding for as many tokens; plain over round is the speedup that was predicted.
     predicted_round_us: float = 0.0
     predicted_plain_us: float = 0.0
     #: The same with what they took, and with the tokens they really gained.

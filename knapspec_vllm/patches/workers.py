@@ -48,7 +48,7 @@ def _make_warm_up(original: Any) -> Any:
 
 def _publish(drafter: Any, vllm_config: Any) -> None:
     """From rank 0: the others decide nothing and count the same."""
-    folder, in_ray = run_folder.current(), ray_sink.in_ray_worker()
+    folder, in_ray = run_folder.current(), ray_sink.in_ray()
     if (folder is None and not in_ray) or not drafter.agreement.leads:
         return
     parallel, model = vllm_config.parallel_config, vllm_config.model_config

@@ -76,14 +76,30 @@ class Corrections:
         self.version += 1
 
     def factor(self, part: Part, batch: Batch) -> float:
-        """For this kind of batch, else the next shorter or longer one, else over all batches.
+        """For this kind of batch, else a neighbour in context, else over all batches.
         Verify steps that nobody has seen are taken to be off as much as plain ones."""
-        rows, context = kind_of(batch)
-        for bucket in ((rows, context), (rows, context - 1), (rows, context + 1), None):
-            mean = self._means.get((part, bucket))
-            if mean is not None:
-                return math.exp(mean.log_factor)
+        kind = kind_of(batch)
+        if (mean := self._means.get((part, kind))) is not None:
+            return math.exp(mean.log_factor)
+        if (factor := self._of_neighbour(part, batch, kind)) is not None:
+            return factor
+        if (mean := self._means.get((part, None))) is not None:
+            return math.exp(mean.log_factor)
         return self.factor("plain", batch) if part == "verify" else 1.0
+
+    def _of_neighbour(self, part: Part, batch: Batch, kind: tuple[int, int]) -> float | None:
+        """Of the next shorter or longer kind, whichever was seen more; relative to plain steps,
+        where both kinds have shown them, because what all parts share belongs to its time."""
+        beside = [(kind[0], kind[1] + step) for step in (-1, 1)]
+        known = [other for other in beside if (part, other) in self._means]
+        if not known:
+            return None
+        other = max(known, key=lambda which: self._means[part, which].count)
+        log_factor = self._means[part, other].log_factor
+        here, there = (self._means.get(("plain", which)) for which in (kind, other))
+        if part != "plain" and here is not None and there is not None:
+            log_factor += here.log_factor - there.log_factor
+        return math.exp(log_factor)
 
     def count(self, part: Part, batch: Batch) -> int:
         """Rounds of this kind of batch that were observed."""

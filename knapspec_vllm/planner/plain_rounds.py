@@ -13,8 +13,8 @@ from knapspec_vllm.planner.corrections import Corrections, kind_of
 from knapspec_vllm.planner.types import Batch
 
 _MOST_TRIES = 16
-"""How often to try for the first plain round of a kind of batch, before it speculates: while
-requests come and go no round can be measured."""
+"""How often to try in a row for the first plain round of a kind of batch, before it speculates:
+while requests come and go no round can be measured."""
 _APART = 3
 """Rounds from the first to the second; from there on twice as many each time. Rounds in a row share
 what else the machine does: four of them, measured once, were 10% off for a hundred rounds."""
@@ -25,11 +25,12 @@ a loss."""
 
 
 class PlainRounds:
-    """Counts, for each kind of batch, the rounds that draft since a plain one was measured."""
+    """Counts, for each kind of batch, the rounds since a plain one was measured or tried."""
 
     def __init__(self, corrections: Corrections) -> None:
         self._corrections = corrections
         self._since: Counter[tuple[int, int]] = Counter()
+        #: Tries in vain since the last plain round that could be measured.
         self._tries: Counter[tuple[int, int]] = Counter()
         self._measured: Counter[tuple[int, int]] = Counter()
 
@@ -42,17 +43,18 @@ class PlainRounds:
             self._measured[kind] = measured
             self._since[kind] = self._tries[kind] = 0
         self._since[kind] += 1
-        if self._since[kind] < self._wait(kind, measured, speedup):
-            return False
-        if not measured and self._tries[kind] >= _MOST_TRIES:
+        if self._since[kind] < self._wait(measured, self._tries[kind], speedup):
             return False
         self._tries[kind] += 1
         self._since[kind] = 0
         return True
 
-    def _wait(self, kind: tuple[int, int], measured: int, speedup: float) -> float:
-        """Rounds from the last plain one to the next; fewer to one that could not be measured."""
+    @staticmethod
+    def _wait(measured: int, tries: int, speedup: float) -> float:
+        """Rounds from the last plain one, or the last try, to the next."""
+        most = max(_LEAST_EVERY, (1.0 - 1.0 / max(speedup, 1.0)) / _COST)
         if not measured:
-            return 0.0
-        most = _LEAST_EVERY if self._tries[kind] else (1.0 - 1.0 / max(speedup, 1.0)) / _COST
-        return min(_APART * 2.0 ** min(measured - 1, 16), max(most, _LEAST_EVERY))
+            return 0.0 if tries < _MOST_TRIES else most
+        if tries:
+            return min(most, _LEAST_EVERY * 2.0 ** min(tries - 1, 16))
+        return min(most, _APART * 2.0 ** min(measured - 1, 16))

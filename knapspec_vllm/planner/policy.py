@@ -161,9 +161,9 @@ class Policy:
             lambda: self._ceiling(batch, lengths),
         )
 
-    def note_solve(self, time_us: float) -> None:
+    def note_solve(self, time_us: float, found: bool = True) -> None:
         """A solve was paid for; call it whether or not a frontier came of it."""
-        self._resolve.note_solve(time_us)
+        self._resolve.note_solve(time_us, found)
 
     def _install(self, frontier: Frontier) -> None:
         self._acceptance.retain({estimate.plan for estimate in frontier.estimates})

@@ -38,10 +38,11 @@ class ResolveRule:
         self._elapsed_us += time_us
         self._speculated = self._speculated or speculates
 
-    def note_solve(self, time_us: float) -> None:
+    def note_solve(self, time_us: float, found: bool = True) -> None:
         """A solve was paid for, whether or not it found anything."""
         if self._solve_us is not None:
-            self._fruitless = 0 if self._speculated else min(self._fruitless + 1, _MAX_DOUBLINGS)
+            useful = self._speculated and found
+            self._fruitless = 0 if useful else min(self._fruitless + 1, _MAX_DOUBLINGS)
         self._solve_us = time_us
         self._rounds = 0
         self._elapsed_us = 0.0

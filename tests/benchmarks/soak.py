@@ -218,7 +218,7 @@ def report(
     memory = {
         title: {
             name: round(statistics.median(by_name.get(name, 0.0) for by_name in part), 1)
-            for name in sorted(steady[-1])
+            for name in sorted(set().union(*steady))
         }
         for title, part in ends.items()
     }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,9 @@ def test_every_api_server_shows_all_of_it(server: Server) -> None:
     placeholders = page.total("knapspec:placeholder_tokens_total")
     assert drafted > 0
     assert page.total("vllm:spec_decode_num_draft_tokens_total") == drafted + placeholders
+    # Both have answered, each from its own process.
+    answered = set(re.findall(r"ApiServer_(\d) pid=\d+\).*GET /metrics", server.log_text()))
+    assert answered == {"0", "1"}
     # Not once per process.
     assert page.value("knapspec:plan_layers") == 30
     assert page.total("knapspec:plan_layers") == 30

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -76,11 +77,14 @@ def test_what_knapspec_counted() -> None:
     assert row.predicted == pytest.approx(1.2)
     assert row.realised == pytest.approx(1.14)
     assert row.realised_over_predicted == pytest.approx(0.95)
-    # 1.3 s in all, of which a solve took 0.3.
-    slow = measured("knapspec", [50 / 1.3], knapspec=stats_state(measured_solve_us=0.3e6, **stats))
-    solved = figures(slow, measured("plain", [50.0]))
-    assert solved.ratio == pytest.approx(1 / 1.3)
-    assert solved.realised == pytest.approx(50 / (1.3 - 0.3) / 50)
+    # A round that solved for plans counts in the ratio, and not in what predictions are about.
+    rounds = (make_round(120.0), make_round(40.0, solves=1))
+    solved = dataclasses.replace(measured("knapspec", [1.0]), rounds=rounds)
+    with_solve = figures(solved, plain)
+    assert with_solve.ratio == pytest.approx((1.2 + 0.8) / 2)
+    assert with_solve.realised == pytest.approx(1.2)
+    alone = dataclasses.replace(solved, rounds=rounds[1:])
+    assert figures(alone, plain).realised == pytest.approx(0.4)
     assert (row.acceptance, row.accepted_length, row.drafting) == (0.75, 2.5, 0.75)
 
 

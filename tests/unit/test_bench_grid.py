@@ -138,6 +138,9 @@ def test_windows() -> None:
     in which a row ends is left out: it verifies a draft, and makes none."""
     assert windows(STEPS) == {"decode": [2.0, 6], "full": [1.0, 3]}
     assert windows([]) == {"decode": None, "full": None}
+    assert windows([(1.0, (1,))]) == {"decode": None, "full": None}
+    assert windows([(1.0, (1,)), (3.0, (4,))]) == {"decode": [2.0, 3], "full": None}
+    assert windows([(1.0, (1, 1)), (2.0, (2, 2)), (3.0, (3, 3))])["full"] == [1.0, 2]
     # A row that ends with its first token.
     assert windows([(1.0, (1, 1)), (2.0, (1, 2))]) == {"decode": [1.0, 1], "full": None}
 

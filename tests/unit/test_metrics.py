@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -200,8 +201,15 @@ def test_ray_gets_increments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(tags["model_name"] == "m" for _, _, tags in given)
     given.clear()
     of.add_choice(4, True, "")
-    sink.put(labels, state(of))
+    idle = {**state(of), "draft_length": None}
+    sink.put(labels, idle)
+    ended = {name for name, n, _ in given if math.isnan(n)}
+    assert ended == {"knapspec_plan_draft_length"}  # or Ray would show the last one for good
     counted = {name: n for name, n, _ in given if "knapspec_plan_" not in name}
+    given.clear()
+    sink.close()
+    assert all(math.isnan(n) for _, n, _ in given)
+    assert "knapspec_enabled" in {name for name, _, _ in given}
     assert counted["knapspec_rounds"] == 1
     assert "knapspec_draft_tokens" not in counted
 

@@ -13,7 +13,7 @@ from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.draft.planning import Planning
 from knapspec_vllm.metrics.stats import Stats
 from knapspec_vllm.planner.types import Batch, Choice
-from tests.helpers_policy import HALF, LAYERS, costs, frontier
+from tests.helpers_policy import HALF, LAYERS, LIGHT, costs, frontier
 
 ONE_RANK = SimpleNamespace(leads=True, alone=True, share=lambda value: value)
 
@@ -95,14 +95,15 @@ def test_a_solve_that_finds_nothing_takes_no_plans_away() -> None:
     assert made.policy is not None
     before = made.policy.frontier
     assert before is not None
-    for estimates in ((), before.estimates[:1]):
+    found = frontier((LIGHT, 900)).estimates
+    for estimates, kept in (((), before.estimates), (found, found)):
         solve = SimpleNamespace(ready=lambda: True, result=lambda e=estimates: e, time_us=1e5)
         pending: Any = SimpleNamespace(solve=solve, batch=ALONE, described="test")
         made.solving._pending = pending
         made.solving.collect(made.policy)
         assert made.solving._pending is None
         assert made.policy.frontier is not None
-        assert made.policy.frontier.estimates == before.estimates
+        assert made.policy.frontier.estimates == kept
     assert len(stored) == 1
     assert made._stats.solves == 2
 

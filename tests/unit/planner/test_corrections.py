@@ -59,6 +59,17 @@ def test_a_context_that_grows_into_the_next_kind_keeps_what_is_known():
     assert made.factor("plain", Batch(1, 1000)) == pytest.approx(1.2)
     assert made.count("plain", Batch(1, 2100)) == 0
     assert made.factor("plain", Batch(1, 9000)) < 1.0  # of all
+    # Relative to plain steps: what all parts share belongs to its time.
+    observe(made, "draft", Batch(1, 2000), 180.0)
+    observe(made, "plain", Batch(1, 2100), 100.0)
+    assert made.factor("draft", Batch(1, 2100)) == pytest.approx(1.5)
+    # The neighbour that was seen more.
+    observe(made, "draft", Batch(1, 9000), 80.0, rounds=2)
+    assert made.factor("draft", Batch(1, 4100)) == pytest.approx(
+        made.factor("draft", Batch(1, 9000))
+    )
+    observe(made, "draft", Batch(1, 2100), 150.0, rounds=9)
+    assert made.factor("draft", Batch(1, 4100)) == pytest.approx(1.5, rel=0.01)
 
 
 def test_beliefs_weigh_at_first_and_are_forgotten_later():

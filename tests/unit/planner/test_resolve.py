@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """When the policy asks for another solve."""
 
+import dataclasses
+
 from knapspec_vllm.planner.types import Batch
-from tests.helpers_policy import BATCH, HALF, costs, frontier, policy
+from tests.helpers_policy import BATCH, HALF, costs, flat, frontier, policy
 
 
 def test_first_solve_only_where_it_could_pay():
@@ -14,6 +16,26 @@ def test_first_solve_only_where_it_could_pay():
     assert hopeless.resolve_reason(BATCH, True) is None
     must, _ = policy(model=costs(verify_us=9000.0), always_draft=True)
     assert must.resolve_reason(BATCH, True) == "first"
+
+
+def test_curves_without_items_leave_nothing_to_solve():
+    """A fit may put all the time into what every forward costs; the solver would refuse it."""
+    model = dataclasses.replace(costs(), attention=flat(0.0), mlp=flat(0.0))
+    made, _ = policy(model=model, always_draft=True)
+    assert made.resolve_reason(BATCH, True) is None
+
+
+def test_solves_that_find_nothing_become_rarer():
+    made, _ = policy(frontier((HALF, 990)), resolve_rounds=10)
+    rounds = []
+    for _ in range(3):
+        for number in range(100_000):
+            made.choose(BATCH, 4)
+            if made.resolve_reason(BATCH, True) == "age":
+                break
+        rounds.append(number)
+        made.note_solve(1e4, found=False)
+    assert rounds[1] < rounds[2]
 
 
 def test_resolves_on_drift_range_and_age():
