@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,8 @@ import openai
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+
+from knapspec_vllm.bench.servers import free_port
 
 pytest.importorskip("ray.serve", reason="needs ray[serve]")
 pytestmark = pytest.mark.slow
@@ -88,12 +89,6 @@ def engine_kwargs(store: Path) -> dict:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     return yaml.safe_load(done.stdout)["engine_kwargs"]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

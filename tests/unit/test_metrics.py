@@ -14,7 +14,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from knapspec_vllm.metrics import exposition, ray_sink, run_folder
+from knapspec_vllm.metrics import exposition, ray_sink
 from knapspec_vllm.metrics.families import FAMILIES
 from knapspec_vllm.metrics.histogram import Histogram
 from knapspec_vllm.metrics.publisher import FileSink, Publisher
@@ -229,53 +229,6 @@ def test_a_sink_that_fails_does_not_stop_the_others(
     assert publisher.write()
     assert file.path.exists()
     assert caplog.text.count("publishes no more metrics to Broken") == 1
-
-
-@pytest.fixture
-def no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("KNAPSPEC_RUN_FOLDER", raising=False)
-    monkeypatch.setattr(run_folder, "_made", None)
-
-
-@pytest.mark.usefixtures("no_folder")
-def test_run_folder_reaches_children_and_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "MINE")
-    assert run_folder.current() is None
-    folder = run_folder.create()
-    assert folder is not None
-    assert run_folder.create() == folder == run_folder.current()
-    assert os.environ["KNAPSPEC_RUN_FOLDER"] == str(folder)
-    copied = os.environ["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"].split(",")
-    ours = ["KNAPSPEC_RUN_FOLDER", "KNAPSPEC_KERNELS", "KNAPSPEC_ALLOW_UNTESTED_VLLM"]
-    assert copied == ["MINE", *ours]
-    run_folder._remove(folder, os.getpid() + 1)  # a forked child's exit
-    assert folder.is_dir()
-    run_folder._remove(folder, os.getpid())
-    assert run_folder.current() is None
-
-
-@pytest.mark.usefixtures("no_folder")
-def test_run_folder_of_another_server_is_not_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A launcher that has an engine itself starts servers with its environment."""
-    monkeypatch.setenv("KNAPSPEC_RUN_FOLDER", str(tmp_path))
-    own = run_folder.create()
-    assert own not in (None, tmp_path)
-    monkeypatch.setenv("KNAPSPEC_RUN_FOLDER", str(tmp_path))
-    monkeypatch.setattr("multiprocessing.parent_process", lambda: object())
-    assert run_folder.create() == tmp_path  # a process of the server itself
-
-
-@pytest.mark.usefixtures("no_folder")
-def test_without_a_temporary_folder_there_are_no_metrics(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fails(**_: object) -> str:
-        raise OSError("read-only")
-
-    monkeypatch.setattr("tempfile.mkdtemp", fails)
-    assert run_folder.create() is None
 
 
 #: Prints what a server's own page shows: the instrumentator answers before vLLM's mounted page.
