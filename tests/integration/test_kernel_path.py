@@ -14,7 +14,7 @@ from engines import assert_same_tokens, engine, greedy, proposer_of
 
 from knapspec_vllm import envs, ops
 from knapspec_vllm.bench.checkpoints import random_checkpoint
-from knapspec_vllm.draft import planning
+from knapspec_vllm.draft import solving
 from knapspec_vllm.planner.solver import start_solve
 from tests.helpers_no_sync import no_host_sync
 
@@ -89,7 +89,7 @@ def test_solves(triton_ops, tmp_path: Path) -> None:
     for kind in ("eager", "triton"):
         triton_ops.setenv(envs.KERNELS, "eager" if kind == "eager" else "auto")
         # The interpreter reads tensors itself, so only the twins can be watched.
-        triton_ops.setattr(planning, "start_solve", guarded if kind == "eager" else start_solve)
+        triton_ops.setattr(solving, "start_solve", guarded if kind == "eager" else start_solve)
         with engine(model, settings, num_speculative_tokens=1, **ENGINE) as llm:
             proposer_of(llm).planning.request_solve()
             ops.launches.clear()
