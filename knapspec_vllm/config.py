@@ -55,6 +55,10 @@ class KnapSpecConfig:
     """Who computes attention in draft forwards: vLLM's attention ``backend`` or KnapSpec's own
     ``kernel``. ``auto``: the one that calibration measured to be faster; on a CPU the backend."""
 
+    draft_graphs: int = 32
+    """Most draft steps kept as CUDA graphs, one for each plan and padded batch. 0: none. They need
+    KnapSpec's own attention kernel, one rank and a server without ``--enforce-eager``."""
+
     keep_first_layers: int = 1
     """Leading layers whose attention and MLP always run in full."""
 
@@ -185,6 +189,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "draft_length": (0, 32, True),
     "window_tokens": (1, 1 << 24, True),
     "sink_tokens": (0, 1 << 24, True),
+    "draft_graphs": (0, 1024, True),
     "keep_first_layers": (0, 1 << 16, True),
     "keep_last_layers": (0, 1 << 16, True),
     "confidence_threshold": (0.0, 1.0, True),

@@ -170,14 +170,14 @@ def _measure_cell(
 def _draft_step(
     drafter: Drafter, plan: Plan, rows: DraftRows, draft_length: int
 ) -> Callable[[], object]:
-    """One forward of a draft, its rows' states read back as a round of one forward reads them."""
-    state = drafter.start(plan, draft_length, rows)
-    longest = max(rows.host_positions) + 1
+    """One step of a draft, its rows' states read back as a round of one step reads them."""
+    started = drafter.start(plan, draft_length, rows, measured=True)
+    state = started.state
 
     def run() -> object:
-        with drafter.forwards(plan, state, longest) as forward:
-            tokens, confidence = forward()
-        return tokens.tolist(), confidence.tolist()
+        with started.steps() as step:
+            step()
+        return state.tokens.tolist(), state.counts.tolist()
 
     return run
 

@@ -39,6 +39,7 @@ def calibrate(proposer: KnapSpecProposer) -> None:
                 "window_tokens": config.window_tokens,
                 "sink_tokens": config.sink_tokens,
                 "draft_attention": config.draft_attention,
+                "draft_graphs": proposer.drafter.graphs is not None,
             },
         ),
     )
@@ -65,6 +66,8 @@ def calibrate(proposer: KnapSpecProposer) -> None:
         if source == "stored":
             max_rows = engine.vllm_config.scheduler_config.max_num_seqs
             warm_up(engine, proposer.drafter, max_rows)
+    if proposer.drafter.graphs is not None:
+        proposer.drafter.graphs.clear()
     if frontier is not None:
         frontier = dataclasses.replace(frontier, source="stored")
     proposer.calibration = {

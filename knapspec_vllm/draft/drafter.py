@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
@@ -17,14 +18,20 @@ from knapspec_vllm.draft.attention import (
     KernelAttention,
 )
 from knapspec_vllm.draft.engine import Engine
+from knapspec_vllm.draft.graphs import Step, StepGraphs
 from knapspec_vllm.draft.head import GreedyHead
 from knapspec_vllm.draft.rows import DraftRows
 from knapspec_vllm.draft.windows import WindowGeometry
 from knapspec_vllm.models.view import SublayerView
 from knapspec_vllm.planner.types import Mode, Plan
 
-Forward = Callable[[], tuple[torch.Tensor, torch.Tensor]]
-"""One forward of the rows where they stand: token ids [B] int64, top-1 probability [B] float32."""
+
+@dataclass(frozen=True)
+class Round:
+    """Rows at their positions, and what drafts for them: `steps` yields one `Step` to repeat."""
+
+    state: ops.DraftState
+    steps: Callable[[], AbstractContextManager[Step]]
 
 
 class Drafter:
@@ -47,6 +54,8 @@ class Drafter:
         }
         self._head = GreedyHead(engine.view)
         self.attention_path: AttentionPath = "backend"
+        #: Captured steps of the kernel path (a backend makes its metadata on the host).
+        self.graphs: StepGraphs | None = None
 
     @torch.inference_mode()
     def draft(self, plan: Plan, draft_length: int, rows: DraftRows) -> list[list[int]]:
@@ -59,48 +68,72 @@ class Drafter:
         draft_length = min(draft_length, max(rows.limits, default=0))
         if draft_length <= 0:
             return [[] for _ in range(len(rows))]
-        state = self.start(plan, draft_length, rows)
-        with self.forwards(plan, state, max(rows.host_positions) + draft_length) as forward:
+        started = self.start(plan, draft_length, rows)
+        state = started.state
+        with started.steps() as step:
             for _ in range(draft_length):
-                tokens, confidence = forward()
-                ops.draft_advance(state, tokens, confidence, threshold=self._threshold)
+                step()
                 if self._may_stop_early and not state.active.any():
                     break
         counts, *columns = torch.cat([state.counts[None].long(), state.drafts.T]).tolist()
-        return [[column[i] for column in columns[:count]] for i, count in enumerate(counts)]
+        return [[column[i] for column in columns[: counts[i]]] for i in range(len(rows))]
 
-    def start(self, plan: Plan, draft_length: int, rows: DraftRows) -> ops.DraftState:
-        """The rows' state before the first of `draft_length` forwards."""
-        windowed = Mode.WINDOW in plan.modes
-        state = ops.DraftState.allocate(
-            len(rows),
+    def start(
+        self, plan: Plan, draft_length: int, rows: DraftRows, *, measured: bool = False
+    ) -> Round:
+        """The rows before the first of `draft_length` steps, at least one.
+
+        measured: for a measurement, of what a round costs after its first ones.
+        """
+        if self.graphs is not None and self.attention_path == "kernel":
+            captured = (self.graphs.made if measured else self.graphs.find)(plan, len(rows))
+            if captured is not None:
+                captured.fill(rows, draft_length)
+                return Round(captured.state, lambda: nullcontext(captured.replay))
+        windowed = self.attention_path == "backend" and Mode.WINDOW in plan.modes
+        state = self.new_state(rows.block_table, draft_length, windowed)
+        state.tokens.copy_(rows.tokens)
+        state.positions.copy_(rows.positions)
+        state.limits.copy_(ops.to_device(rows.limits, torch.int32, self._engine.device))
+        ops.draft_start(state)
+        longest = max(rows.host_positions) + draft_length
+        return Round(state, lambda: self.steps(plan, state, longest))
+
+    def new_state(
+        self, block_table: torch.Tensor, draft_length: int, windowed: bool = False
+    ) -> ops.DraftState:
+        """Padding rows that may draft `draft_length` tokens; block_table [B, W] int32 is kept."""
+        return ops.DraftState.allocate(
+            len(block_table),
             draft_length,
-            rows.block_table,
+            block_table,
             block_size=self._engine.block_size,
             max_model_len=self._engine.max_model_len,
             sink_blocks=self._geometry.sink_blocks,
             window_tokens=self._geometry.window_tokens if windowed else 0,
         )
-        state.tokens.copy_(rows.tokens)
-        state.positions.copy_(rows.positions)
-        state.limits.copy_(ops.to_device(rows.limits, torch.int32, self._engine.device))
-        ops.draft_start(state)
-        return state
 
     @contextmanager
-    def forwards(self, plan: Plan, state: ops.DraftState, longest: int) -> Iterator[Forward]:
-        """The forward of a round, to be called for one token after another.
+    def steps(self, plan: Plan, state: ops.DraftState, longest: int) -> Iterator[Step]:
+        """The step of a round, launch by launch, to be called for one token after another.
 
         longest: host-side upper bound of the rows' lengths in any of them.
         """
         view, attention = self._engine.view, self._attention[self.attention_path]
         with attention.round(plan, state, longest) as (core_of, refresh):
 
-            def forward() -> tuple[torch.Tensor, torch.Tensor]:
+            def step() -> None:
                 refresh()
-                return self._head(run_plan(view, plan, state.tokens, state.positions, core_of))
+                hidden = run_plan(view, plan, state.tokens, state.positions, core_of)
+                tokens, confidence = self._head(hidden)
+                ops.draft_advance(state, tokens, confidence, threshold=self._threshold)
 
-            yield forward
+            yield step
+
+    @property
+    def settled(self) -> bool:
+        """Whether the last round ran as later ones of its kind will; see `StepGraphs.find`."""
+        return self.graphs is None or self.graphs.settled
 
     @property
     def _may_stop_early(self) -> bool:

@@ -65,7 +65,7 @@ class Planning:
         self.last_drafting_choice = self.last_choice
         self._logged = False
         self.solving = Solving(config, engine, geometry, agreement, stats, on_frontier)
-        self._declined_kind: tuple[int, int, float, int] | None = None
+        self._declined_kind: tuple[int, int, tuple[float, ...], int] | None = None
         self._repeats = 0
 
     @property
@@ -78,10 +78,14 @@ class Planning:
         batch: Batch,
         max_draft_length: int,
         references: Callable[[], References | None],
+        opted_out: bool = False,
     ) -> Choice:
-        """What this round drafts; solves first when the policy asks. All TP ranks call it."""
+        """What this round drafts; solves first when the policy asks. All TP ranks call it.
+
+        opted_out: nobody in the batch wants drafts.
+        """
         if max_draft_length <= 0:  # rows about to end: says nothing of the plan, so keep it
-            code = "no room" if batch.share > 0 else "opted out"
+            code = "opted out" if opted_out else "no room"
             self._stats.add_choice(batch.rows, False, code)
             return Choice(None, 0, 1.0, "no room for a draft in this batch", code)
         choice = self._without_costs(max_draft_length)

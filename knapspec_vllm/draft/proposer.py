@@ -20,6 +20,7 @@ from knapspec_vllm.draft.agreement import Agreement
 from knapspec_vllm.draft.cache_layout import CacheLayout, UnknownCacheLayoutError
 from knapspec_vllm.draft.drafter import Drafter
 from knapspec_vllm.draft.engine import Engine, own_attention_groups
+from knapspec_vllm.draft.graphs import CudaCapture, StepGraphs, refusal
 from knapspec_vllm.draft.invariants import InvariantGuard
 from knapspec_vllm.draft.planning import Planning
 from knapspec_vllm.draft.references import References, newest_references
@@ -96,6 +97,13 @@ class KnapSpecProposer:
                     'attention backend\'s is not: write "draft_attention": "backend"'
                 )
             self.drafter.attention_path = "kernel"
+        if (refused := refusal(self.engine, self.config.draft_graphs)) is None:
+            self.drafter.graphs = StepGraphs(
+                self.drafter, self.engine, self.num_speculative_tokens, self.config.draft_graphs,
+                self.stats.graphs, CudaCapture(),
+            )  # fmt: skip
+        elif self.engine.device.type != "cpu":
+            logger.info("KnapSpec drafts launch by launch, without CUDA graphs: %s", refused)
         self._guard = InvariantGuard(self.engine) if self.config.debug_invariants else None
 
     def use(
@@ -152,10 +160,13 @@ class KnapSpecProposer:
         scheduled = scheduler_output.total_num_scheduled_tokens
         self._clock.verified(self.planning, rows, scheduled, sampled_token_ids)
         table = common_attn_metadata.block_table_tensor
-        batch = Batch(len(rows), rows.context_tokens, 1.0 - rows.opted_out / len(rows))
+        batch = Batch(len(rows), rows.context_tokens, rows.room)
         solved_us = self.stats.phase_us["solve"]
         choice = self.planning.choose(
-            batch, max(rows.limits), lambda: self._references(runner, rows, table)
+            batch,
+            max(rows.limits),
+            lambda: self._references(runner, rows, table),
+            rows.opted_out == len(rows),
         )
         draft_us = 0.0
         if choice.plan is not None:
@@ -166,8 +177,9 @@ class KnapSpecProposer:
                 drafts[i] = draft
         lengths = [len(drafts[i]) for i in rows.index]
         solve_us = self.stats.phase_us["solve"] - solved_us
-        solving = solve_us > 0 or self.planning.solving.under_way
-        self._clock.ended(batch, rows, choice, lengths, draft_us, solve_us, solving)
+        unusual = solve_us > 0 or self.planning.solving.under_way
+        unusual |= choice.plan is not None and not self.drafter.settled
+        self._clock.ended(batch, rows, choice, lengths, draft_us, solve_us, unusual)
         return drafts
 
     def snapshot(self) -> dict[str, Any]:

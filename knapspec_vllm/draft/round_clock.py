@@ -30,7 +30,7 @@ class _Round:
     """If every draft is scheduled and nothing else is."""
     draft_us: float
     solve_us: float
-    solving: bool
+    unusual: bool
     """Teaches nothing: kernels wait for a solve's, and what follows one finds its caches cold."""
     own_us: float
     """Spent in the proposal on anything but drafting and solving."""
@@ -76,7 +76,7 @@ class RoundClock:
         if self._interrupted(last.choice.round_us, step_us + last.draft_us):
             return
         stats.add_round(engine_us, last.own_us, last.draft_us, last.solve_us)
-        if policy is None or last.solving:
+        if policy is None or last.unusual:
             return
         # What rows of different lengths take is not on the curves.
         if last.scheduled_tokens == last.batch.rows * (1 + last.forwards):
@@ -106,11 +106,12 @@ class RoundClock:
         draft_lengths: list[int],
         draft_us: float,
         solve_us: float,
-        solving: bool,
+        unusual: bool,
     ) -> None:
         """The proposal for `rows` is done, after draft_us of drafting and solve_us of solving.
 
-        solving: a solve ran in it, or the device is still busy with one.
+        unusual: a solve ran in it, or the device is still busy with one, or a draft step was run
+        for the first time. Nothing is learned from such a round.
         """
         now = time.perf_counter()
         self._round = _Round(
@@ -121,7 +122,7 @@ class RoundClock:
             scheduled_tokens=sum(draft_lengths) + len(draft_lengths),
             draft_us=draft_us,
             solve_us=solve_us,
-            solving=solving,
+            unusual=unusual,
             own_us=max(0.0, (now - self._entered) * 1e6 - draft_us - solve_us),
             ended=now,
         )

@@ -33,6 +33,17 @@ class Candidates:
         """Sum of context lengths, the newest tokens included."""
         return sum(self.positions) + len(self.positions)
 
+    @property
+    def room(self) -> tuple[float, ...]:
+        """See `Batch.room`."""
+        longest = max(self.limits)
+        if min(self.limits) == longest:
+            return ()
+        return tuple(
+            sum(limit > position for limit in self.limits) / len(self.limits)
+            for position in range(longest)
+        )
+
     def to_rows(self, block_table: torch.Tensor, device: torch.device) -> DraftRows:
         """block_table: the runner's [rows of its batch, num_blocks] int32, on the device."""
         where = ops.to_device(self.index, torch.int64, device)

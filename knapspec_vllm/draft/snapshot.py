@@ -23,6 +23,8 @@ def snapshot(proposer: KnapSpecProposer) -> dict[str, Any]:
         "calibration": dict(proposer.calibration),
         "memory_bytes": dict(proposer.memory_bytes),
     }
+    if proposer.engine is not None and proposer.drafter.graphs is not None:
+        state["memory_bytes"]["graph"] = proposer.drafter.graphs.memory_bytes
     planning = proposer.planning
     if planning is None:
         return state

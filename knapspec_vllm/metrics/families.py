@@ -86,6 +86,11 @@ def _rounds_us(state: State) -> Iterable[Sample]:
     ]
 
 
+def _graphs(state: State) -> Iterable[Sample]:
+    results = ("hit", "miss", "captured", "evicted", "failed")
+    return [((result,), state["stats"]["graphs"].get(result, 0)) for result in results]
+
+
 def _batches(state: State) -> Iterable[Sample]:
     stats = state["stats"]
     return [(("true",), stats["drafting_rows"]), (("false",), stats["declining_rows"])]
@@ -154,6 +159,10 @@ FAMILIES: tuple[Family, ...] = (
            _by("clipped_rows"), ("reason",)),
     Family("batch_size", "histogram", "Decoding requests of a round.", _batches, ("drafting",),
            BATCH_BOUNDS),
+    Family("cudagraph", "counter",
+           "Draft rounds that replayed a captured step (hit) or had none yet (miss); captures that "
+           "were made (captured), dropped for a newer one (evicted) or could not be made (failed).",
+           _graphs, ("result",)),
     Family("memory_bytes", "gauge",
            "Memory beyond plain vLLM's, at most, by kind. lookahead is part of the KV cache.",
            _mapping("memory_bytes"), ("kind",)),

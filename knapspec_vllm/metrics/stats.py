@@ -43,6 +43,8 @@ class Stats:
     #: Rows that could not draft the maximum, by reason: "slots", "max_model_len", "max_tokens", or
     #: "request", whose sender asked for fewer.
     clipped_rows: Counter[str] = field(default_factory=Counter)
+    #: Draft rounds with captured steps and captures of them, by result: see `draft.graphs`.
+    graphs: Counter[str] = field(default_factory=Counter)
     #: Rounds that declined, by `Choice.code`.
     declined_rounds: Counter[str] = field(default_factory=Counter)
 

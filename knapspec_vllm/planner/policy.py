@@ -54,8 +54,8 @@ class Policy:
         self._corrections = Corrections(enabled=config.round_overhead_us is None)
         self._resolve = ResolveRule(config, costs)
         self._frontier: Frontier | None = None
-        self._tables: dict[tuple[int, int, float, int], SpeedupTable] = {}
-        self._ceilings: dict[tuple[int, int, float], float] = {}
+        self._tables: dict[tuple[int, int, tuple[float, ...], int], SpeedupTable] = {}
+        self._ceilings: dict[tuple[int, int, tuple[float, ...]], float] = {}
         self._version = (-1, -1)
         """Of acceptance and corrections, when the caches were filled."""
         self._current: tuple[Plan, int] | None = None
@@ -285,7 +285,7 @@ class Policy:
         )
 
 
-def alike(batch: Batch) -> tuple[int, int, float]:
+def alike(batch: Batch) -> tuple[int, int, tuple[float, ...]]:
     """Batches for which this is equal are decided alike."""
     bucket = int(math.log1p(batch.context_tokens) / _CONTEXT_BUCKET)
-    return batch.rows, bucket, round(batch.share, 2)
+    return batch.rows, bucket, batch.room

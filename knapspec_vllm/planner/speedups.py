@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from knapspec_vllm.planner.costs import CostModel, DraftPrices
-from knapspec_vllm.planner.objective import expected_tokens
 from knapspec_vllm.planner.types import Batch, Plan
 
 
@@ -26,8 +25,8 @@ class Rates:
     """The published objective: no fixed part, no corrections, verify costs one step."""
     draft: float = 1.0
     """What a draft forward takes over what the curves say."""
-    share: float = 1.0
-    """Of the rows that draft."""
+    room: tuple[float, ...] = ()
+    """See `Batch.room`."""
 
     @classmethod
     def of(
@@ -50,10 +49,10 @@ class Rates:
         if paper:
             target_us = prices.target_items_us
             verify_us = (target_us,) * len(lengths)
-            return cls(lengths, prices, target_us, verify_us, paper, share=batch.share)
+            return cls(lengths, prices, target_us, verify_us, paper, room=batch.room)
         plain_us = plain * costs.step_us(batch, 1)
         verify_us = tuple(verify * costs.step_us(batch, 1 + n) + round_us for n in lengths)
-        return cls(lengths, prices, plain_us, verify_us, paper, draft, batch.share)
+        return cls(lengths, prices, plain_us, verify_us, paper, draft, batch.room)
 
     def draft_us(self, items_us: float) -> float:
         """A draft forward whose items cost items_us."""
@@ -62,16 +61,24 @@ class Rates:
     def row(self, alpha: float, draft_us: float) -> tuple[float, ...]:
         """Speedup of each length: TPT times the time of a plain step.
 
-        Equals objective.throughput_tpt (or paper_tpt) for every length, with E[tokens] carried
-        from length to length: this runs for every plan whenever the batch changes.
+        Where all rows have room, equals objective.throughput_tpt (or paper_tpt) for every length,
+        with E[tokens] carried from length to length: this runs for every plan whenever the batch
+        changes.
         """
-        tokens = expected_tokens(alpha, self.lengths[0])
-        found = []
+        gained, chance, done, found = 1.0, 1.0, 0, []
         for length, verify_us in zip(self.lengths, self.verify_us, strict=True):
-            gained = 1.0 + self.share * (tokens - 1.0)
+            while done < length:
+                chance *= alpha
+                gained += chance * self._share(done)
+                done += 1
             found.append(gained * self.plain_us / (length * draft_us + verify_us))
-            tokens = 1.0 + alpha * tokens
         return tuple(found)
+
+    def _share(self, position: int) -> float:
+        """Of the rows that may draft a token at this position, from 0."""
+        if not self.room:
+            return 1.0
+        return self.room[position] if position < len(self.room) else 0.0
 
 
 @dataclass(frozen=True)

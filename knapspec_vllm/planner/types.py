@@ -133,11 +133,12 @@ class Batch:
     rows: int
     context_tokens: int
     """Sum of the rows' context lengths."""
-    share: float = 1.0
-    """Of the rows that may draft; the others wait for the drafts and gain nothing."""
+    room: tuple[float, ...] = ()
+    """Shares of the rows that may draft at least 1, 2, ... tokens; none beyond its end. Empty: all
+    rows as many as are wanted. Rows with less room wait for the others' drafts and gain nothing."""
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or self.context_tokens < 0 or not 0.0 <= self.share <= 1.0:
+        if self.rows < 1 or self.context_tokens < 0:
             raise ValueError(
                 f"a batch has rows >= 1 and context_tokens >= 0, got {self.rows} and "
                 f"{self.context_tokens}"

@@ -10,11 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from engines import assert_same_tokens, engine, greedy, proposer_of
 
 from knapspec_vllm import envs, ops
 from knapspec_vllm.bench.checkpoints import random_checkpoint
 from knapspec_vllm.draft import solving
+from knapspec_vllm.draft.graphs import Capture, CudaCapture, StepGraphs
 from knapspec_vllm.planner.solver import start_solve
 from tests.helpers_no_sync import no_host_sync
 
@@ -28,6 +30,14 @@ KERNELS = {
 }
 SOLVER_KERNELS = {"branch_attention", "dp_relax", "gather_branches"}
 PROMPTS = [[5 + i % 50 for i in range(70)], [9 + i % 31 for i in range(23)]]
+
+
+def repeat() -> Capture:
+    """Repeats a step by running it again, where there are no graphs."""
+    return lambda step: step
+
+
+CAPTURES = [repeat, CudaCapture]
 ENGINE = {"skip_tokenizer_init": True, "max_model_len": 256, "max_num_seqs": 2}
 
 
@@ -64,6 +74,38 @@ def test_drafts(triton_ops, dtype: str) -> None:
     # One attention launch for every layer that the plan does not skip, in every forward.
     forwards = ops.launches["greedy_confidence", "triton"]
     assert ops.launches["paged_decode_attention", "triton"] == layers * forwards
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_drafts_with_captured_steps(triton_ops, capture) -> None:
+    """Padded batches whose rows come and go, over two plans' worth of states at fixed addresses."""
+    if capture is CudaCapture and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model = random_checkpoint("LlamaForCausalLM")
+    settings = {
+        "plan": "skip mlp:1; window attn:1",
+        "draft_length": 2,
+        "draft_attention": "kernel",
+        "window_tokens": 16,
+        "sink_tokens": 16,
+        "debug_invariants": True,
+    }
+    prompts = [*PROMPTS, [3 + i % 17 for i in range(40)]]
+    options = {**ENGINE, "max_num_seqs": 4, "dtype": "float32"}
+    with engine(model, **options) as llm:
+        expected = [*greedy(llm, prompts, 9), *greedy(llm, PROMPTS[:1], 9)]
+    with engine(model, settings, **options) as llm:
+        proposer = proposer_of(llm)
+        length, graphs = proposer.num_speculative_tokens, proposer.stats.graphs
+        proposer.drafter.graphs = StepGraphs(
+            proposer.drafter, proposer.engine, length, 2, graphs, capture()
+        )
+        found = [*greedy(llm, prompts, 9), *greedy(llm, PROMPTS[:1], 9)]
+    assert_same_tokens(expected, found)
+    # Three rows in a step of four, and one: a miss each, captured with the second.
+    assert graphs["captured"] == 2
+    assert graphs["hit"] > 2
+    assert not graphs["failed"]
 
 
 def test_solves(triton_ops, tmp_path: Path) -> None:

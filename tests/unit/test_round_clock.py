@@ -32,13 +32,13 @@ class Driver:
         self.planning: Any = SimpleNamespace(policy=policy)
 
     def round(
-        self, step_ms: float, req_ids: tuple[str, ...] = ("a",), solving: bool = False
+        self, step_ms: float, req_ids: tuple[str, ...] = ("a",), unusual: bool = False
     ) -> None:
         rows = Rows(list(req_ids))
         self.clock.entered()
         self.clock.verified(self.planning, rows, 1, [[5]])
         self.now += 0.001
-        self.clock.ended(BATCH, rows, CHOICE, [0], 0.0, 0.0, solving)
+        self.clock.ended(BATCH, rows, CHOICE, [0], 0.0, 0.0, unusual)
         self.now += step_ms / 1e3
 
 
@@ -67,7 +67,7 @@ def test_other_rows_are_another_round(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_solve_teaches_nothing_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(monkeypatch)
-    driver.round(90.0, solving=True)
+    driver.round(90.0, unusual=True)
     driver.round(9.0)
     driver.round(9.0)
     assert driver.taught == [10_000]

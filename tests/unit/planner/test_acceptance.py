@@ -116,6 +116,55 @@ def test_forget_returns_toward_the_solver():
     assert model.alpha(PLAN) == pytest.approx(fresh)
 
 
+def observed(accepted: int, times: int) -> AcceptanceModel:
+    """PLAN and OTHER looked alike to the solver; PLAN drafted 8 tokens so often."""
+    model = AcceptanceModel()
+    for plan in (PLAN, OTHER):
+        model.prior(plan, 31, 32)
+    for _ in range(times):
+        model.observe(PLAN, accepted, 8)
+    return model
+
+
+def test_what_one_plan_shows_is_believed_of_the_others():
+    fresh = observed(0, 0).alpha(OTHER)
+    harder, as_expected = observed(4, 30), observed(8, 30)
+    # 30 rejections in 150 tokens, of 4 to 5 that the solver led to expect.
+    assert harder.alpha(PLAN) == pytest.approx(0.8, abs=0.02)
+    assert 0.8 < harder.alpha(OTHER) < fresh - 0.05
+    assert harder.lower(OTHER) < observed(0, 0).lower(OTHER)
+    # No rejection in 240 tokens is a little better than expected.
+    assert fresh < as_expected.alpha(OTHER) < fresh + 0.03
+    # As many as expected: 1 in 30 tokens or so, in bursts of 8.
+    model = observed(0, 0)
+    for number in range(120):
+        model.observe(PLAN, 7 if number % 4 == 3 else 8, 8)
+    assert model.alpha(OTHER) == pytest.approx(fresh, abs=0.01)
+
+
+def test_what_plans_share_is_forgotten_like_the_rest():
+    fresh = observed(0, 0).alpha(OTHER)
+    model = observed(4, 30)
+    low, version = model.alpha(OTHER), model.version
+    model.retain({PLAN, OTHER})
+    assert low < model.alpha(OTHER) < fresh
+    assert model.version > version
+    model.forget(share=1.0)
+    assert model.alpha(OTHER) == pytest.approx(fresh)
+
+
+def test_what_plans_share_asks_for_a_new_choice():
+    """Also where the plan that showed it has long been believed."""
+    model = observed(4, 60)
+    model.retain({PLAN, OTHER})
+    low, version = model.alpha(OTHER), model.version
+    for _ in range(60):
+        model.observe(PLAN, 4, 8)
+    assert model.alpha(PLAN) == pytest.approx(0.8, abs=0.02)
+    assert model.alpha(OTHER) < low
+    assert model.version > version
+
+
 def test_retain_drops_the_rest_from_the_pool():
     model, alone = AcceptanceModel(), AcceptanceModel()
     model.prior(PLAN, 30, 32)

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draft steps captured once and replayed: one launch instead of several hundred.
+
+A step is one forward of a plan with its head and the advance of the rows. All that differs from
+round to round lies in a `DraftState` at addresses that stay, so one captured step serves every
+draft length and, padded, every batch up to its number of rows. Its plan and that number are its
+key.
+
+The pool is bounded, and the plan used longest ago goes first. A key is captured when it comes a
+second time: the first round runs launch by launch, which also compiles what is missing, and a plan
+that is tried once costs no capture. Where capturing fails everything goes on launch by launch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from knapspec_vllm import ops
+from knapspec_vllm.draft.engine import Engine
+from knapspec_vllm.draft.rows import DraftRows
+from knapspec_vllm.planner.types import Plan
+
+logger = logging.getLogger("vllm.knapspec")
+
+Step = Callable[[], None]
+"""One draft forward of all rows, and their advance by one token."""
+
+Capture = Callable[[Step], Step]
+"""From a step to what repeats it without Python; raises RuntimeError where that cannot be done."""
+
+Key = tuple[Plan, int]
+
+#: Keys that have been seen but not captured; a bound for servers whose plans keep changing.
+_MOST_SEEN = 1024
+
+
+class CudaCapture:
+    """Captures in a CUDA graph; all graphs take their temporary memory from one pool.
+
+    They may: only one of them runs at a time, and nothing of it is read after the next has begun.
+    """
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Step) -> Step:
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: vLLM's other threads copy results meanwhile, which a capture would forbid.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            step()
+        return graph.replay
+
+
+def refusal(engine: Engine, most: int) -> str | None:
+    """Why draft steps of this engine are not captured; None if they can be."""
+    config = engine.vllm_config
+    if most == 0:
+        return 'switched off by "draft_graphs": 0'
+    if engine.device.type != "cuda":
+        return "only CUDA devices have graphs"
+    if config.model_config.enforce_eager:
+        return "the server runs with --enforce-eager"
+    if config.parallel_config.world_size > 1:
+        return "several ranks exchange data within a step"
+    if not ops.uses_triton(torch.empty(0, device=engine.device)):
+        return "KNAPSPEC_KERNELS=eager"
+    return None
+
+
+@dataclass(frozen=True)
+class CapturedStep:
+    """A step over a state of its own, whose rows are filled before each round."""
+
+    state: ops.DraftState
+    replay: Step
+
+    def fill(self, rows: DraftRows, draft_length: int) -> None:
+        """The rows where they stand, the rest padding: at position 0, never active."""
+        state, count = self.state, len(rows)
+        padding = [0] * (len(state.tokens) - count)
+        limits = [min(limit, draft_length) for limit in rows.limits]
+        width = min(state.block_table.shape[1], rows.block_table.shape[1])
+        state.tokens[:count].copy_(rows.tokens)
+        # Not -1: rotary embeddings look positions up.
+        state.positions[count:].zero_()
+        state.positions[:count].copy_(rows.positions)
+        state.limits.copy_(ops.to_device(limits + padding, torch.int32, state.limits.device))
+        state.block_table[:count, :width].copy_(rows.block_table[:, :width])
+        ops.draft_start(state)
+
+
+class StepSource(Protocol):
+    """What steps are made of: the drafter."""
+
+    def new_state(self, block_table: torch.Tensor, draft_length: int) -> ops.DraftState:
+        """Padding rows over this block table [B, W] int32, which is kept and not copied."""
+
+    def steps(
+        self, plan: Plan, state: ops.DraftState, longest: int
+    ) -> AbstractContextManager[Step]:
+        """The plan's step over a state; longest: upper bound of its rows' lengths."""
+
+
+class StepGraphs:
+    """The captured steps of one drafter, at most `most` of them."""
+
+    def __init__(
+        self,
+        source: StepSource,
+        engine: Engine,
+        draft_length: int,
+        most: int,
+        results: Counter[str],
+        capture: Capture,
+    ) -> None:
+        """draft_length: of the longest drafts.
+
+        results counts rounds by "hit" (replayed) and "miss" (not captured before), and captures by
+        "captured", "evicted" and "failed".
+        """
+        self._source, self._engine, self._capture = source, engine, capture
+        self._draft_length, self._most, self._results = draft_length, most, results
+        self._rows = engine.vllm_config.scheduler_config.max_num_seqs
+        width = -(-engine.max_model_len // engine.block_size)
+        #: Where the states keep their rows' blocks: one drafts at a time.
+        self._block_table = torch.zeros(self._rows, width, dtype=torch.int32, device=engine.device)
+        #: By number of rows; shared by all plans.
+        self._states: dict[int, ops.DraftState] = {}
+        self._steps: OrderedDict[Key, CapturedStep] = OrderedDict()
+        self._seen: OrderedDict[Key, None] = OrderedDict()
+        self._failed = False
+        self.settled = True
+        """Whether the last round found runs as later ones of its kind will."""
+        self.memory_bytes = 0
+        """Device memory that captures took."""
+
+    def find(self, plan: Plan, rows: int) -> CapturedStep | None:
+        """The plan's step for `rows` rows or a few more; None: run this round launch by launch."""
+        if self._failed:
+            self.settled = True
+            return None
+        key = plan, self._padded(rows)
+        self.settled = key in self._steps
+        if self.settled:
+            self._steps.move_to_end(key)
+            self._results["hit"] += 1
+            return self._steps[key]
+        self._results["miss"] += 1
+        if key in self._seen:
+            return self._add(key)
+        self._seen[key] = None
+        if len(self._seen) > _MOST_SEEN:
+            self._seen.popitem(last=False)
+        return None
+
+    def made(self, plan: Plan, rows: int) -> CapturedStep | None:
+        """The same for a measurement: captured now if need be, and not counted as a round."""
+        key = plan, self._padded(rows)
+        if self._failed or key in self._steps:
+            return self._steps.get(key)
+        return self._add(key)
+
+    def clear(self) -> None:
+        """Drops every step; the plans that calibration times are not those that draft."""
+        self._steps.clear()
+
+    def _padded(self, rows: int) -> int:
+        """Powers of two up to 8, then multiples of 8, within the largest batch."""
+        size = 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
+        return min(size, self._rows)
+
+    def _add(self, key: Key) -> CapturedStep | None:
+        plan, rows = key
+        if len(self._steps) >= self._most:
+            self._steps.popitem(last=False)
+            self._results["evicted"] += 1
+        free = _free_bytes(self._engine.device)
+        try:
+            captured = self._captured(plan, rows)
+        except RuntimeError as error:
+            self._failed = True
+            self._results["failed"] += 1
+            logger.warning(
+                "KnapSpec could not capture a draft step and drafts launch by launch from now on "
+                '(%s); "draft_graphs": 0 does not try',
+                error,
+            )
+            return None
+        self.memory_bytes += max(0, free - _free_bytes(self._engine.device))
+        self._steps[key] = captured
+        self._seen.pop(key, None)
+        self._results["captured"] += 1
+        return captured
+
+    def _captured(self, plan: Plan, rows: int) -> CapturedStep:
+        if rows not in self._states:
+            table = self._block_table[:rows]
+            self._states[rows] = self._source.new_state(table, self._draft_length)
+        state = self._states[rows]
+
+        def step() -> None:
+            # What is captured has to serve the longest context; rows are cut by their own length.
+            with self._source.steps(plan, state, self._engine.max_model_len) as run:
+                run()
+
+        # Of padding rows, which write no K/V: compiles what this number of rows still lacks.
+        state.limits.zero_()
+        state.positions.zero_()
+        ops.draft_start(state)
+        step()
+        return CapturedStep(state, self._capture(step))
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
