@@ -45,10 +45,16 @@ def install_refusal(reason: Exception) -> None:
 
 def install_in_worker(worker_class: type) -> None:
     """The runner and worker patches, in a worker whose config selects KnapSpec."""
-    from knapspec_vllm.patches import cpu_triton_utils, gpu_model_runner, workers
+    from knapspec_vllm.patches import (
+        cpu_triton_utils,
+        gpu_model_runner,
+        rejection_sampler,
+        workers,
+    )
 
     gpu_model_runner.install()
     workers.install(worker_class)
+    rejection_sampler.install()
     cpu_triton_utils.install()
 
 

@@ -21,12 +21,12 @@ class Rates:
     """What a speedup of 1 is: a plain decode step, overhead included."""
     verify_us: tuple[float, ...]
     """Target step of each length, round overhead included."""
+    shares: tuple[float, ...]
+    """Of the rows that may draft a token at each position, up to the longest length."""
     paper: bool
     """The published objective: no fixed part, no corrections, verify costs one step."""
     draft: float = 1.0
     """What a draft forward takes over what the curves say."""
-    room: tuple[float, ...] = ()
-    """See `Batch.room`."""
 
     @classmethod
     def of(
@@ -46,13 +46,15 @@ class Rates:
         round_us: what a speculative round costs on top.
         """
         prices = costs.prices(batch)
+        room = batch.room or (1.0,) * lengths[-1]
+        shares = (*room, *(0.0,) * lengths[-1])[: lengths[-1]]
         if paper:
             target_us = prices.target_items_us
             verify_us = (target_us,) * len(lengths)
-            return cls(lengths, prices, target_us, verify_us, paper, room=batch.room)
+            return cls(lengths, prices, target_us, verify_us, shares, paper)
         plain_us = plain * costs.step_us(batch, 1)
         verify_us = tuple(verify * costs.step_us(batch, 1 + n) + round_us for n in lengths)
-        return cls(lengths, prices, plain_us, verify_us, paper, draft, batch.room)
+        return cls(lengths, prices, plain_us, verify_us, shares, paper, draft)
 
     def draft_us(self, items_us: float) -> float:
         """A draft forward whose items cost items_us."""
@@ -65,20 +67,15 @@ class Rates:
         with E[tokens] carried from length to length: this runs for every plan whenever the batch
         changes.
         """
-        gained, chance, done, found = 1.0, 1.0, 0, []
-        for length, verify_us in zip(self.lengths, self.verify_us, strict=True):
-            while done < length:
-                chance *= alpha
-                gained += chance * self._share(done)
-                done += 1
-            found.append(gained * self.plain_us / (length * draft_us + verify_us))
+        first, plain_us, verify_us = self.lengths[0], self.plain_us, self.verify_us
+        gained, chance, found = 1.0, 1.0, []
+        for length, share in enumerate(self.shares, 1):
+            chance *= alpha
+            gained += chance * share
+            if length >= first:
+                time_us = length * draft_us + verify_us[length - first]
+                found.append(gained * plain_us / time_us)
         return tuple(found)
-
-    def _share(self, position: int) -> float:
-        """Of the rows that may draft a token at this position, from 0."""
-        if not self.room:
-            return 1.0
-        return self.room[position] if position < len(self.room) else 0.0
 
 
 @dataclass(frozen=True)

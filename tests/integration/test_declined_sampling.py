@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step that drafts nothing samples with vLLM's plain sampler: same seed, same answer."""
+
+from __future__ import annotations
+
+import pytest
+from engines import engine
+
+from knapspec_vllm.bench.checkpoints import random_checkpoint
+
+PROMPTS = [[5 + (7 * i + j) % 50 for j in range(12)] for i in range(4)]
+OPTIONS = {"skip_tokenizer_init": True, "max_model_len": 64, "max_num_seqs": 4}
+
+pytestmark = pytest.mark.parity
+
+
+def sampled(llm) -> list[tuple[list[int], list[dict[int, float]]]]:
+    """Tokens and log-probabilities of sampled, filtered and greedy requests in one batch."""
+    from vllm import SamplingParams
+
+    kinds = [
+        {"temperature": 0.8},
+        {"temperature": 1.2, "top_k": 7},
+        {"temperature": 0.9, "top_p": 0.7, "presence_penalty": 0.5},
+        {"temperature": 0.0},
+    ]
+    params = [
+        SamplingParams(**kind, seed=number, max_tokens=12, logprobs=3, ignore_eos=True)
+        for number, kind in enumerate(kinds)
+    ]
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    answers = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+    return [
+        (list(answer.token_ids), [{t: p.logprob for t, p in at.items()} for at in answer.logprobs])
+        for answer in answers
+    ]
+
+
+def test_declined_steps_sample_as_plain_vllm(monkeypatch) -> None:
+    model = random_checkpoint("LlamaForCausalLM")
+    with engine(model, **OPTIONS) as llm:
+        expected = sampled(llm)
+    with engine(model, {"draft_length": 0}, **OPTIONS) as llm:
+        from vllm.v1.sample import rejection_sampler
+
+        def drawn(*args):
+            raise AssertionError("the rejection sampler has nothing to reject")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(rejection_sampler, "rejection_sample", drawn)
+            found = sampled(llm)
+    for (tokens, logprobs), (want_tokens, want) in zip(found, expected, strict=True):
+        assert tokens == want_tokens
+        assert len(logprobs) == len(want) == 12
+        for step, want_step in zip(logprobs, want, strict=True):
+            assert step == pytest.approx(want_step, abs=1e-5)
+
+
+def test_drafted_steps_still_reject() -> None:
+    model = random_checkpoint("LlamaForCausalLM")
+    settings = {"plan": "skip attn:* mlp:0", "draft_length": 2}
+    with engine(model, settings, num_speculative_tokens=2, **OPTIONS) as llm:
+        found = sampled(llm)
+    assert [len(tokens) for tokens, _ in found] == [12] * 4
+    assert [len(logprobs) for _, logprobs in found] == [12] * 4
