@@ -18,7 +18,8 @@ class DraftState:
     """B rows that draft up to G tokens each; all tensors on one device.
 
     Padding rows have limit 0: they are never active, and their slot is -1. With position -1 their
-    lengths are 0 as well, which makes attention skip them.
+    lengths are 0 as well, which makes attention skip them; captured steps leave them at position 0,
+    which rotary embeddings can look up.
     """
 
     # [B] int64: input of the next forward
@@ -39,7 +40,8 @@ class DraftState:
     limits: torch.Tensor
     # [B, W] int32, any row stride: physical block of each block of the row
     block_table: torch.Tensor
-    # [B, K] int32: the blocks WINDOW attention sees, for the current lengths; None without WINDOW
+    # [B, K] int32: the blocks WINDOW attention sees at the current lengths; None where nobody
+    # reads them
     window_table: torch.Tensor | None
     # [B] int32: tokens it sees in them
     window_lengths: torch.Tensor | None

@@ -3,8 +3,8 @@
 
 The KV cache is allocated and still empty, so any block may be used: rows get block tables spread
 over the cache, and what the measurements write is never visible to a request. Draft forwards are
-timed as they will run, through the drafter, Python and metadata included; the target is called as
-vLLM calls it.
+timed as they will run, through the drafter: replayed where they are captured, else Python and
+metadata included. The target is called as vLLM calls it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def warm_up(engine: Engine, drafter: Drafter, max_rows: int) -> None:
     for cell in {cells[0], cells[-1]}:
         rows = _fake_rows(engine, cell, 1)
         for plan in uniform_plans(engine.view.num_layers).values():
-            _draft_step(drafter, plan, rows, 1)()
+            _draft_step(drafter, plan, rows, 1, captured=False)()
 
 
 @torch.inference_mode()
@@ -168,10 +168,14 @@ def _measure_cell(
 
 
 def _draft_step(
-    drafter: Drafter, plan: Plan, rows: DraftRows, draft_length: int
+    drafter: Drafter, plan: Plan, rows: DraftRows, draft_length: int, captured: bool = True
 ) -> Callable[[], object]:
-    """One step of a draft, its rows' states read back as a round of one step reads them."""
-    started = drafter.start(plan, draft_length, rows, measured=True)
+    """One step of a draft, its rows' states read back as a round of one step reads them.
+
+    captured: as rounds come to run it, where draft steps are captured.
+    """
+    step_of = drafter.measured_step(plan, len(rows)) if captured else None
+    started = drafter.start(plan, draft_length, rows, step_of)
     state = started.state
 
     def run() -> object:

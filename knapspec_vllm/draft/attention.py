@@ -2,8 +2,9 @@
 """Who computes the attention of draft forwards, and from what.
 
 A round of forwards differs from step to step in the rows' lengths and slots alone, which
-`ops.draft_advance` changes in place. So everything else is made once a round: tables, the forward
-context, the common metadata. Only what a backend derives from the lengths is made again each step.
+`ops.draft_advance` changes in place. So everything else is made once a round, or once for all where
+steps are captured: tables, the forward context, the common metadata. Only what a backend derives
+from the lengths is made again each step.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from knapspec_vllm.draft.attention import (
     KernelAttention,
 )
 from knapspec_vllm.draft.engine import Engine
-from knapspec_vllm.draft.graphs import Step, StepGraphs
+from knapspec_vllm.draft.graphs import CapturedStep, Step, StepGraphs
 from knapspec_vllm.draft.head import GreedyHead
 from knapspec_vllm.draft.rows import DraftRows
 from knapspec_vllm.draft.windows import WindowGeometry
@@ -68,7 +68,7 @@ class Drafter:
         draft_length = min(draft_length, max(rows.limits, default=0))
         if draft_length <= 0:
             return [[] for _ in range(len(rows))]
-        started = self.start(plan, draft_length, rows)
+        started = self.start(plan, draft_length, rows, self._captured(plan, len(rows)))
         state = started.state
         with started.steps() as step:
             for _ in range(draft_length):
@@ -79,17 +79,19 @@ class Drafter:
         return [[column[i] for column in columns[: counts[i]]] for i in range(len(rows))]
 
     def start(
-        self, plan: Plan, draft_length: int, rows: DraftRows, *, measured: bool = False
+        self,
+        plan: Plan,
+        draft_length: int,
+        rows: DraftRows,
+        captured: CapturedStep | None = None,
     ) -> Round:
         """The rows before the first of `draft_length` steps, at least one.
 
-        measured: for a measurement, of what a round costs after its first ones.
+        captured: the plan's step for this number of rows, else it runs launch by launch.
         """
-        if self.graphs is not None and self.attention_path == "kernel":
-            captured = (self.graphs.made if measured else self.graphs.find)(plan, len(rows))
-            if captured is not None:
-                captured.fill(rows, draft_length)
-                return Round(captured.state, lambda: nullcontext(captured.replay))
+        if captured is not None:
+            captured.fill(rows, draft_length)
+            return Round(captured.state, lambda: nullcontext(captured.replay))
         windowed = self.attention_path == "backend" and Mode.WINDOW in plan.modes
         state = self.new_state(rows.block_table, draft_length, windowed)
         state.tokens.copy_(rows.tokens)
@@ -129,6 +131,17 @@ class Drafter:
                 ops.draft_advance(state, tokens, confidence, threshold=self._threshold)
 
             yield step
+
+    def measured_step(self, plan: Plan, rows: int) -> CapturedStep | None:
+        """The step that rounds of this plan come to run, for a measurement; see `StepGraphs`."""
+        if self.graphs is None or self.attention_path != "kernel":
+            return None
+        return self.graphs.made(plan, rows)
+
+    def _captured(self, plan: Plan, rows: int) -> CapturedStep | None:
+        if self.graphs is None or self.attention_path != "kernel":
+            return None
+        return self.graphs.find(plan, rows)
 
     @property
     def settled(self) -> bool:

@@ -8,7 +8,9 @@ key.
 
 The pool is bounded, and the plan used longest ago goes first. A key is captured when it comes a
 second time: the first round runs launch by launch, which also compiles what is missing, and a plan
-that is tried once costs no capture. Where capturing fails everything goes on launch by launch.
+that is tried once costs no capture. Each time that as many steps have been dropped as there is room
+for, a key has to come twice as often: captures halt the requests of a round. Where capturing fails
+everything goes on launch by launch.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,14 +49,31 @@ class CudaCapture:
     They may: only one of them runs at a time, and nothing of it is read after the next has begun.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        #: A pool whose last graph is gone cannot be captured into again, so this one stays.
+        self._keeper: Step | None = None
 
     def __call__(self, step: Step) -> Step:
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: vLLM's other threads copy results meanwhile, which a capture would forbid.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            step()
+        if self._keeper is None:
+            cell = torch.zeros(1, device=self._device)
+            self._keeper = self._captured(lambda: cell.zero_() and None)
+        return self._captured(step)
+
+    def _captured(self, step: Step) -> Step:
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        try:
+            # thread_local: vLLM's other threads copy results meanwhile, and may.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                step()
+        except Exception:
+            # torch leaves its capture stream current, and the allocator capturing, where beginning
+            # or ending a capture fails; the target would go on there.
+            torch.cuda.set_stream(before)
+            with suppress(Exception):
+                torch._C._cuda_endAllocateToPool(before.device_index, self._pool)
+            raise
         return graph.replay
 
 
@@ -67,6 +86,8 @@ def refusal(engine: Engine, most: int) -> str | None:
         return "only CUDA devices have graphs"
     if config.model_config.enforce_eager:
         return "the server runs with --enforce-eager"
+    if getattr(config.compilation_config.cudagraph_mode, "name", "") == "NONE":
+        return "the server runs with cudagraph_mode NONE"
     if config.parallel_config.world_size > 1:
         return "several ranks exchange data within a step"
     if not ops.uses_triton(torch.empty(0, device=engine.device)):
@@ -128,13 +149,14 @@ class StepGraphs:
         self._source, self._engine, self._capture = source, engine, capture
         self._draft_length, self._most, self._results = draft_length, most, results
         self._rows = engine.vllm_config.scheduler_config.max_num_seqs
-        width = -(-engine.max_model_len // engine.block_size)
-        #: Where the states keep their rows' blocks: one drafts at a time.
-        self._block_table = torch.zeros(self._rows, width, dtype=torch.int32, device=engine.device)
+        #: [rows, W] int32: where the states keep their rows' blocks, as one drafts at a time.
+        self._block_table: torch.Tensor | None = None
         #: By number of rows; shared by all plans.
         self._states: dict[int, ops.DraftState] = {}
         self._steps: OrderedDict[Key, CapturedStep] = OrderedDict()
-        self._seen: OrderedDict[Key, None] = OrderedDict()
+        #: Rounds of a key without a captured step.
+        self._seen: OrderedDict[Key, int] = OrderedDict()
+        self._evicted = 0
         self._failed = False
         self.settled = True
         """Whether the last round found runs as later ones of its kind will."""
@@ -147,18 +169,19 @@ class StepGraphs:
             self.settled = True
             return None
         key = plan, self._padded(rows)
-        self.settled = key in self._steps
-        if self.settled:
+        if key in self._steps:
+            self.settled = True
             self._steps.move_to_end(key)
             self._results["hit"] += 1
             return self._steps[key]
         self._results["miss"] += 1
-        if key in self._seen:
-            return self._add(key)
-        self._seen[key] = None
+        news = key not in self._seen
+        self._seen[key] = self._seen.pop(key, 0) + 1
         if len(self._seen) > _MOST_SEEN:
             self._seen.popitem(last=False)
-        return None
+        captures = self._seen[key] >= 2 << min(self._evicted // self._most, 16)
+        self.settled = not (news or captures)
+        return self._add(key) if captures else None
 
     def made(self, plan: Plan, rows: int) -> CapturedStep | None:
         """The same for a measurement: captured now if need be, and not counted as a round."""
@@ -170,6 +193,7 @@ class StepGraphs:
     def clear(self) -> None:
         """Drops every step; the plans that calibration times are not those that draft."""
         self._steps.clear()
+        self.memory_bytes = 0
 
     def _padded(self, rows: int) -> int:
         """Powers of two up to 8, then multiples of 8, within the largest batch."""
@@ -180,43 +204,61 @@ class StepGraphs:
         plan, rows = key
         if len(self._steps) >= self._most:
             self._steps.popitem(last=False)
+            self._evicted += 1
             self._results["evicted"] += 1
         free = _free_bytes(self._engine.device)
         try:
             captured = self._captured(plan, rows)
         except RuntimeError as error:
-            self._failed = True
-            self._results["failed"] += 1
-            logger.warning(
-                "KnapSpec could not capture a draft step and drafts launch by launch from now on "
-                '(%s); "draft_graphs": 0 does not try',
-                error,
-            )
+            self._note_failure(error)
             return None
         self.memory_bytes += max(0, free - _free_bytes(self._engine.device))
         self._steps[key] = captured
-        self._seen.pop(key, None)
+        self._seen[key] = 0
         self._results["captured"] += 1
         return captured
 
+    def _note_failure(self, error: RuntimeError) -> None:
+        self._results["failed"] += 1
+        if isinstance(error, torch.OutOfMemoryError) and self._steps:
+            self._most = len(self._steps)
+            what = f"has no memory for more than {self._most} captured draft steps"
+        else:
+            self._failed = True
+            self._steps.clear()
+            what = "could not capture a draft step and drafts launch by launch from now on"
+        logger.warning(
+            'KnapSpec %s (%s); "draft_graphs": %d does not try',
+            what,
+            error,
+            0 if self._failed else self._most,
+            exc_info=error,
+        )
+
     def _captured(self, plan: Plan, rows: int) -> CapturedStep:
+        engine = self._engine
+        if self._block_table is None:
+            width = -(-engine.max_model_len // engine.block_size)
+            self._block_table = torch.zeros(
+                self._rows, width, dtype=torch.int32, device=engine.device
+            )
         if rows not in self._states:
             table = self._block_table[:rows]
             self._states[rows] = self._source.new_state(table, self._draft_length)
         state = self._states[rows]
-
-        def step() -> None:
-            # What is captured has to serve the longest context; rows are cut by their own length.
-            with self._source.steps(plan, state, self._engine.max_model_len) as run:
-                run()
-
-        # Of padding rows, which write no K/V: compiles what this number of rows still lacks.
+        # Padding rows, which write no K/V.
         state.limits.zero_()
         state.positions.zero_()
         ops.draft_start(state)
-        step()
-        return CapturedStep(state, self._capture(step))
+        # What is captured has to serve the longest context; rows are cut by their own length.
+        with self._source.steps(plan, state, engine.max_model_len) as step:
+            step()  # compiles what this number of rows still lacks
+            return CapturedStep(state, self._capture(step))
 
 
 def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    """As a capture finds it, which returns what torch has cached."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]

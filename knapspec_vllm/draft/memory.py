@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What KnapSpec needs beyond plain vLLM. No weights and no KV cache of its own: this is all."""
+"""What KnapSpec needs beyond plain vLLM, captured draft steps aside, which are measured as they are
+made. No weights and no KV cache of its own: this is all."""
 
 from __future__ import annotations
 

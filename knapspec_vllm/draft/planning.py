@@ -65,7 +65,7 @@ class Planning:
         self.last_drafting_choice = self.last_choice
         self._logged = False
         self.solving = Solving(config, engine, geometry, agreement, stats, on_frontier)
-        self._declined_kind: tuple[int, int, tuple[float, ...], int] | None = None
+        self._declined_kind: tuple[int, int, int] | None = None
         self._repeats = 0
 
     @property
@@ -103,7 +103,7 @@ class Planning:
             )
             assert choice is not None
             declined = choice.code == "no gain"
-            self._declined_kind = (*alike(batch), max_draft_length) if declined else None
+            self._declined_kind = _kind(batch, max_draft_length) if declined else None
             self._repeats = 0
         self._note(choice, batch)
         return choice
@@ -133,7 +133,7 @@ class Planning:
         Every rank comes to the same, from what all of them know.
         """
         assert self.policy is not None
-        kind = (*alike(batch), max_draft_length)
+        kind = _kind(batch, max_draft_length)
         if kind != self._declined_kind or self._repeats >= _LOOK_EVERY or self.solving.requested:
             return None
         self._repeats += 1
@@ -180,3 +180,9 @@ class Planning:
             where,
             choice.reason,
         )
+
+
+def _kind(batch: Batch, max_draft_length: int) -> tuple[int, int, int]:
+    """Batches for which a decision to decline holds; rows about to end do not shorten it."""
+    rows, bucket, _ = alike(batch)
+    return rows, bucket, max_draft_length

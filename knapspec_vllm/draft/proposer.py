@@ -100,7 +100,7 @@ class KnapSpecProposer:
         if (refused := refusal(self.engine, self.config.draft_graphs)) is None:
             self.drafter.graphs = StepGraphs(
                 self.drafter, self.engine, self.num_speculative_tokens, self.config.draft_graphs,
-                self.stats.graphs, CudaCapture(),
+                self.stats.graphs, CudaCapture(self.engine.device),
             )  # fmt: skip
         elif self.engine.device.type != "cpu":
             logger.info("KnapSpec drafts launch by launch, without CUDA graphs: %s", refused)

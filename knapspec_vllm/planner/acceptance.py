@@ -30,8 +30,11 @@ DRIFT_MIN_TRIALS = 32.0
 VERSION_STEP = 0.005
 """A change of some alpha by this much is worth choosing again."""
 _LEAST_WEIGHT = 1e-9
-_ODDS_STEP = 0.1
-"""The same for what all plans share: at an acceptance of 0.95 it moves alpha by 0.005."""
+_ODDS_STEP = 0.05
+"""The same for what all plans share: it moves an alpha by 0.0125 at most."""
+_LEAST_RATIO, _MOST_RATIO = 0.5, 4.0
+"""A plan that is worse or better than its estimate for reasons of its own says no more than this of
+the others: at most 0.97 becomes 0.89, and 0.7 becomes 0.82."""
 
 
 @dataclass
@@ -106,15 +109,15 @@ class AcceptanceModel:
         for evidence in self._plans.values():
             evidence.accepted *= 1.0 - share
             evidence.rejected *= 1.0 - share
-        self._rejected *= 1.0 - share
+        ratio = self._odds_ratio() ** (1.0 - share)
         self._expected *= 1.0 - share
+        self._rejected = max(0.0, (self._expected + SHARED_PRIOR) * ratio - SHARED_PRIOR)
         self.version += 1
 
     def retain(self, plans: set[Plan]) -> None:
-        """Forgets every plan not in `plans`; a long-lived server meets many frontiers. What all
-        have shown together counts half from now on: a new solve has seen newer text."""
-        self._rejected *= 0.5
-        self._expected *= 0.5
+        """Forgets every plan not in `plans`; a long-lived server meets many frontiers. So is what
+        plans have shown together: the solver that found these has seen the text that showed it."""
+        self._rejected = self._expected = 0.0
         for plan in [plan for plan in self._plans if plan not in plans]:
             evidence = self._plans.pop(plan)
             self._pool_hits -= evidence.hits
@@ -175,7 +178,8 @@ class AcceptanceModel:
 
     def _odds_ratio(self) -> float:
         """Rejections seen over rejections expected, shrunk toward 1."""
-        return (self._rejected + SHARED_PRIOR) / (self._expected + SHARED_PRIOR)
+        ratio = (self._rejected + SHARED_PRIOR) / (self._expected + SHARED_PRIOR)
+        return min(max(ratio, _LEAST_RATIO), _MOST_RATIO)
 
     def _posterior(self, plan: Plan) -> tuple[float, float]:
         """(successes, trials) of prior, solver and verification together; trials > 0."""

@@ -5,6 +5,7 @@ The host never waits for the batch: it passes on what it learns (frontier, accep
 when that changes, and the choice stays on the device until someone reads it. The numbers are
 float32 here and float64 in `Policy`, so choices may differ where two speedups are equal to 1e-6;
 and a table is computed for the exact context, where `Policy` shares one among contexts within 6%.
+Rows that have less room than others (`Batch.room`) are not known here.
 Which rounds measure plain decoding instead of drafting is for the caller to say.
 """
 

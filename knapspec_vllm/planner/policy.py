@@ -286,6 +286,7 @@ class Policy:
 
 
 def alike(batch: Batch) -> tuple[int, int, tuple[float, ...]]:
-    """Batches for which this is equal are decided alike."""
+    """Batches for which this is equal are decided alike. In large ones some row is always about to
+    end, so shares of rows count in tenths."""
     bucket = int(math.log1p(batch.context_tokens) / _CONTEXT_BUCKET)
-    return batch.rows, bucket, batch.room
+    return batch.rows, bucket, tuple(round(share, 1) for share in batch.room)

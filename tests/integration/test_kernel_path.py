@@ -32,7 +32,7 @@ SOLVER_KERNELS = {"branch_attention", "dp_relax", "gather_branches"}
 PROMPTS = [[5 + i % 50 for i in range(70)], [9 + i % 31 for i in range(23)]]
 
 
-def repeat() -> Capture:
+def repeat(device: torch.device) -> Capture:
     """Repeats a step by running it again, where there are no graphs."""
     return lambda step: step
 
@@ -98,7 +98,7 @@ def test_drafts_with_captured_steps(triton_ops, capture) -> None:
         proposer = proposer_of(llm)
         length, graphs = proposer.num_speculative_tokens, proposer.stats.graphs
         proposer.drafter.graphs = StepGraphs(
-            proposer.drafter, proposer.engine, length, 2, graphs, capture()
+            proposer.drafter, proposer.engine, length, 2, graphs, capture(proposer.engine.device)
         )
         found = [*greedy(llm, prompts, 9), *greedy(llm, PROMPTS[:1], 9)]
     assert_same_tokens(expected, found)

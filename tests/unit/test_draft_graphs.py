@@ -31,6 +31,7 @@ def make_engine(**changes) -> Engine:
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=ROWS),
         model_config=SimpleNamespace(enforce_eager=changes.pop("enforce_eager", False)),
+        compilation_config=SimpleNamespace(cudagraph_mode=changes.pop("mode", None)),
         parallel_config=SimpleNamespace(world_size=changes.pop("world_size", 1)),
     )
     values = dict(
@@ -123,6 +124,37 @@ def test_the_plan_used_longest_ago_goes_first():
     assert pool.find(PLANS[1], 1) is None
 
 
+def test_an_evicted_plan_is_no_news_and_captures_get_rarer():
+    """Two plans take turns in a pool of one."""
+    pool, _, results = make_pool(most=1)
+    settled = []
+    for number in range(64):
+        pool.find(PLANS[number % 2], 1)
+        settled.append(pool.settled)
+    assert results["captured"] == results["evicted"] + 1
+    # 2, 4, 8, ... rounds of a plan between its captures; first rounds and captures are unsettled.
+    assert 4 <= results["captured"] <= 8
+    assert settled.count(False) == 2 + results["captured"]
+
+
+def test_out_of_memory_keeps_what_there_is():
+    captured = []
+
+    def capture(step: Step) -> Step:
+        if len(captured) == 2:
+            raise torch.OutOfMemoryError("no more")
+        captured.append(step)
+        return step
+
+    pool, _, results = make_pool(capture, most=4)
+    assert pool.made(PLANS[0], 1)
+    assert pool.made(PLANS[1], 1)
+    assert pool.made(PLANS[2], 1) is None
+    assert pool.find(PLANS[0], 1)
+    assert pool.find(PLANS[1], 1)
+    assert results == {"captured": 2, "failed": 1, "hit": 2}
+
+
 def test_measurements_are_no_rounds():
     pool, _, results = make_pool()
     first, again = pool.made(PLANS[0], 1), pool.made(PLANS[0], 1)
@@ -176,5 +208,7 @@ def test_who_gets_no_graphs(monkeypatch):
     assert "CUDA" in str(refusal(make_engine(), 32))
     assert "enforce-eager" in str(refusal(make_engine(**on_gpu, enforce_eager=True), 32))
     assert "ranks" in str(refusal(make_engine(**on_gpu, world_size=2), 32))
+    no_graphs = SimpleNamespace(name="NONE")
+    assert "NONE" in str(refusal(make_engine(**on_gpu, mode=no_graphs), 32))
     monkeypatch.setattr(ops, "uses_triton", lambda tensor: False)
     assert "KNAPSPEC_KERNELS" in str(refusal(make_engine(**on_gpu), 32))

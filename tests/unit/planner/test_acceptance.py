@@ -142,26 +142,45 @@ def test_what_one_plan_shows_is_believed_of_the_others():
     assert model.alpha(OTHER) == pytest.approx(fresh, abs=0.01)
 
 
-def test_what_plans_share_is_forgotten_like_the_rest():
+def test_what_plans_share_is_forgotten_with_the_rest():
     fresh = observed(0, 0).alpha(OTHER)
     model = observed(4, 30)
     low, version = model.alpha(OTHER), model.version
-    model.retain({PLAN, OTHER})
-    assert low < model.alpha(OTHER) < fresh
+    model.forget(share=0.5)
+    # Half of the way, in the logarithm of the odds: the ratio was 4.
+    odds = (1.0 - fresh) / fresh * 2.0
+    assert low < model.alpha(OTHER) == pytest.approx(1.0 / (1.0 + odds), abs=0.003)
     assert model.version > version
     model.forget(share=1.0)
     assert model.alpha(OTHER) == pytest.approx(fresh)
 
 
+def test_a_new_solve_is_not_told_again_what_it_has_seen():
+    model = observed(4, 30)
+    found = Plan.parse("skip attn:1", 4)
+    model.retain({found})
+    model.prior(found, 26, 32)
+    alone = AcceptanceModel()
+    alone.prior(found, 26, 32)
+    assert model.alpha(found) == pytest.approx(alone.alpha(found))
+
+
+def test_one_bad_plan_does_not_condemn_all():
+    model = observed(0, 200)
+    assert model.alpha(PLAN) < 0.45
+    odds = (1.0 - observed(0, 0).alpha(OTHER)) / observed(0, 0).alpha(OTHER)
+    assert model.alpha(OTHER) == pytest.approx(1.0 / (1.0 + 4.0 * odds))
+
+
 def test_what_plans_share_asks_for_a_new_choice():
     """Also where the plan that showed it has long been believed."""
-    model = observed(4, 60)
-    model.retain({PLAN, OTHER})
-    low, version = model.alpha(OTHER), model.version
-    for _ in range(60):
-        model.observe(PLAN, 4, 8)
-    assert model.alpha(PLAN) == pytest.approx(0.8, abs=0.02)
-    assert model.alpha(OTHER) < low
+    model = observed(6, 100)
+    believed, low = model.alpha(PLAN), model.alpha(OTHER)
+    version = model.version
+    for _ in range(100):
+        model.observe(PLAN, 8, 8)
+    assert model.alpha(PLAN) > believed
+    assert model.alpha(OTHER) > low + 0.02
     assert model.version > version
 
 

@@ -294,7 +294,7 @@ def test_no_call_waits_for_the_device():
     try:
         pair.chooser.set_frontier(found, pair.acceptance)
         pair.chooser.set_acceptance(pair.acceptance)
-        pair.chooser.set_overheads(1.0, 2.0)
+        pair.chooser.set_corrections(1.0, 2.0, 1.0)
         pair.chooser.choose(lengths, 4)
     finally:
         torch.cuda.set_sync_debug_mode("default")
