@@ -120,7 +120,7 @@ def check_branches(llm, prompts: list[list[int]]) -> None:
     seen: list[tuple[References, torch.Tensor]] = []
     original = proposer.planning.choose
 
-    def spy(batch, max_draft_length, references):
+    def spy(batch, max_draft_length, references, opted_out):
         found = references()
         if found is not None:
             runner = VllmBranches(proposer.engine, proposer.geometry, found)
@@ -160,7 +160,7 @@ def test_reference_rows_hold_the_newest_tokens() -> None:
         seen: list[References] = []
         original = proposer.planning.choose
 
-        def spy(batch, max_draft_length, references):
+        def spy(batch, max_draft_length, references, opted_out):
             seen[:] = [references()]
             return original(batch, max_draft_length, references)
 
