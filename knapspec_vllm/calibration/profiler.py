@@ -174,7 +174,7 @@ def _draft_step(
 
     captured: as rounds come to run it, where draft steps are captured.
     """
-    step_of = drafter.measured_step(plan, len(rows)) if captured else None
+    step_of = drafter.captured(plan, len(rows), measured=True) if captured else None
     started = drafter.start(plan, draft_length, rows, step_of)
     state = started.state
 

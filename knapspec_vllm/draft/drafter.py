@@ -68,7 +68,7 @@ class Drafter:
         draft_length = min(draft_length, max(rows.limits, default=0))
         if draft_length <= 0:
             return [[] for _ in range(len(rows))]
-        started = self.start(plan, draft_length, rows, self._captured(plan, len(rows)))
+        started = self.start(plan, draft_length, rows, self.captured(plan, len(rows)))
         state = started.state
         with started.steps() as step:
             for _ in range(draft_length):
@@ -90,14 +90,11 @@ class Drafter:
         captured: the plan's step for this number of rows, else it runs launch by launch.
         """
         if captured is not None:
-            captured.fill(rows, draft_length)
+            rows.enter(captured.state, draft_length)
             return Round(captured.state, lambda: nullcontext(captured.replay))
         windowed = self.attention_path == "backend" and Mode.WINDOW in plan.modes
         state = self.new_state(rows.block_table, draft_length, windowed)
-        state.tokens.copy_(rows.tokens)
-        state.positions.copy_(rows.positions)
-        state.limits.copy_(ops.to_device(rows.limits, torch.int32, self._engine.device))
-        ops.draft_start(state)
+        rows.enter(state, draft_length)
         longest = max(rows.host_positions) + draft_length
         return Round(state, lambda: self.steps(plan, state, longest))
 
@@ -132,16 +129,12 @@ class Drafter:
 
             yield step
 
-    def measured_step(self, plan: Plan, rows: int) -> CapturedStep | None:
-        """The step that rounds of this plan come to run, for a measurement; see `StepGraphs`."""
+    def captured(self, plan: Plan, rows: int, *, measured: bool = False) -> CapturedStep | None:
+        """The plan's captured step for a round of `rows` rows, or, measured, of what such rounds
+        come to run; see `StepGraphs`."""
         if self.graphs is None or self.attention_path != "kernel":
             return None
-        return self.graphs.made(plan, rows)
-
-    def _captured(self, plan: Plan, rows: int) -> CapturedStep | None:
-        if self.graphs is None or self.attention_path != "kernel":
-            return None
-        return self.graphs.find(plan, rows)
+        return (self.graphs.made if measured else self.graphs.find)(plan, rows)
 
     @property
     def settled(self) -> bool:

@@ -26,7 +26,6 @@ import torch
 
 from knapspec_vllm import ops
 from knapspec_vllm.draft.engine import Engine
-from knapspec_vllm.draft.rows import DraftRows
 from knapspec_vllm.planner.types import Plan
 
 logger = logging.getLogger("vllm.knapspec")
@@ -58,7 +57,11 @@ class CudaCapture:
     def __call__(self, step: Step) -> Step:
         if self._keeper is None:
             cell = torch.zeros(1, device=self._device)
-            self._keeper = self._captured(lambda: cell.zero_() and None)
+
+            def touch() -> None:
+                cell.zero_()
+
+            self._keeper = self._captured(touch)
         return self._captured(step)
 
     def _captured(self, step: Step) -> Step:
@@ -97,24 +100,10 @@ def refusal(engine: Engine, most: int) -> str | None:
 
 @dataclass(frozen=True)
 class CapturedStep:
-    """A step over a state of its own, whose rows are filled before each round."""
+    """A step over a state of its own, which rows enter before each round."""
 
     state: ops.DraftState
     replay: Step
-
-    def fill(self, rows: DraftRows, draft_length: int) -> None:
-        """The rows where they stand, the rest padding: at position 0, never active."""
-        state, count = self.state, len(rows)
-        padding = [0] * (len(state.tokens) - count)
-        limits = [min(limit, draft_length) for limit in rows.limits]
-        width = min(state.block_table.shape[1], rows.block_table.shape[1])
-        state.tokens[:count].copy_(rows.tokens)
-        # Not -1: rotary embeddings look positions up.
-        state.positions[count:].zero_()
-        state.positions[:count].copy_(rows.positions)
-        state.limits.copy_(ops.to_device(limits + padding, torch.int32, state.limits.device))
-        state.block_table[:count, :width].copy_(rows.block_table[:, :width])
-        ops.draft_start(state)
 
 
 class StepSource(Protocol):

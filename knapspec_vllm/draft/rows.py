@@ -81,3 +81,20 @@ class DraftRows:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def enter(self, state: ops.DraftState, draft_length: int) -> None:
+        """Starts a round of up to `draft_length` tokens in a state with room for these rows.
+
+        Its other rows become padding: at position 0, which rotary embeddings can look up.
+        """
+        count, device = len(self), state.limits.device
+        limits = [min(limit, draft_length) for limit in self.limits]
+        padding = [0] * (len(state.tokens) - count)
+        state.tokens[:count].copy_(self.tokens)
+        state.positions[count:].zero_()
+        state.positions[:count].copy_(self.positions)
+        state.limits.copy_(ops.to_device(limits + padding, torch.int32, device))
+        if state.block_table is not self.block_table:
+            width = min(state.block_table.shape[1], self.block_table.shape[1])
+            state.block_table[:count, :width].copy_(self.block_table[:, :width])
+        ops.draft_start(state)

@@ -38,6 +38,15 @@ def repeat(device: torch.device) -> Capture:
 
 
 CAPTURES = [repeat, CudaCapture]
+#: Settings of what drafts with kernels, FULL and WINDOW.
+DRAFTING = {
+    "plan": "skip mlp:1; window attn:1",
+    "draft_length": 2,
+    "draft_attention": "kernel",
+    "window_tokens": 16,
+    "sink_tokens": 16,
+    "debug_invariants": True,
+}
 ENGINE = {"skip_tokenizer_init": True, "max_model_len": 256, "max_num_seqs": 2}
 
 
@@ -52,17 +61,9 @@ def triton_ops(monkeypatch):
 def test_drafts(triton_ops, dtype: str) -> None:
     """FULL and WINDOW attention of the draft; bfloat16 caches are packed in tiles on some CPUs."""
     model = random_checkpoint("LlamaForCausalLM")
-    settings = {
-        "plan": "skip mlp:1; window attn:1",
-        "draft_length": 2,
-        "draft_attention": "kernel",
-        "window_tokens": 16,
-        "sink_tokens": 16,
-        "debug_invariants": True,
-    }
     with engine(model, dtype=dtype, **ENGINE) as llm:
         expected = greedy(llm, PROMPTS, 8)
-    with engine(model, settings, dtype=dtype, **ENGINE) as llm:
+    with engine(model, DRAFTING, dtype=dtype, **ENGINE) as llm:
         found = greedy(llm, PROMPTS, 8)
         stats = proposer_of(llm).stats
         layers = proposer_of(llm).engine.view.num_layers
@@ -82,19 +83,11 @@ def test_drafts_with_captured_steps(triton_ops, capture) -> None:
     if capture is CudaCapture and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     model = random_checkpoint("LlamaForCausalLM")
-    settings = {
-        "plan": "skip mlp:1; window attn:1",
-        "draft_length": 2,
-        "draft_attention": "kernel",
-        "window_tokens": 16,
-        "sink_tokens": 16,
-        "debug_invariants": True,
-    }
     prompts = [*PROMPTS, [3 + i % 17 for i in range(40)]]
     options = {**ENGINE, "max_num_seqs": 4, "dtype": "float32"}
     with engine(model, **options) as llm:
         expected = [*greedy(llm, prompts, 9), *greedy(llm, PROMPTS[:1], 9)]
-    with engine(model, settings, **options) as llm:
+    with engine(model, DRAFTING, **options) as llm:
         proposer = proposer_of(llm)
         length, graphs = proposer.num_speculative_tokens, proposer.stats.graphs
         proposer.drafter.graphs = StepGraphs(

@@ -170,7 +170,7 @@ def test_a_round_drafts_for_its_rows_and_nothing_else():
     assert captured is not None
     # A round of four, then one of three: the fourth row is padding again.
     for positions, limits in (([5, 6, 7, 8], [3, 3, 3, 3]), ([9, 10, 20], [3, 1, 2])):
-        captured.fill(make_rows(positions, limits), 2)
+        make_rows(positions, limits).enter(captured.state, 2)
         assert captured.state.slots.tolist()[len(positions) :] == [-1] * (4 - len(positions))
         for _ in range(2):
             captured.replay()
@@ -179,7 +179,7 @@ def test_a_round_drafts_for_its_rows_and_nothing_else():
         [109, 110, -1], [110, -1, -1], [120, 121, -1], [-1, -1, -1]
     ]  # fmt: skip
     # Row 2 at position 20 is in the sixth of its blocks: 9 a row, numbered from 1.
-    captured.fill(make_rows([9, 10, 20], [3, 1, 2]), 2)
+    make_rows([9, 10, 20], [3, 1, 2]).enter(captured.state, 2)
     assert captured.state.slots.tolist() == [3 * 4 + 1, 12 * 4 + 2, 24 * 4, -1]
 
 
