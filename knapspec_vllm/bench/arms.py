@@ -40,15 +40,24 @@ class UsageError(ValueError):
 
 @dataclass(frozen=True)
 class Arm:
-    """One engine of the comparison. speculative: vLLM's `speculative_config`, None for plain."""
+    """One engine of the comparison. speculative: vLLM's `speculative_config`, None for plain.
+
+    engine_args (of vllm.LLM) and environment are of this arm alone.
+    """
 
     name: str
     speculative: dict[str, Any] | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    engine_args: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_knapspec(self) -> bool:
         return self.speculative is not None and self.speculative.get("method") == "knapspec"
+
+    def described(self) -> dict[str, Any]:
+        """What the results say of it before it has run."""
+        own = {"environment": self.environment, "engine_args": self.engine_args}
+        return {"speculative_config": self.speculative, **{k: v for k, v in own.items() if v}}
 
 
 def make_arms(
@@ -60,7 +69,8 @@ def make_arms(
     """(arms, plain first; arms left out with the reason).
 
     own: NAME=JSON, where JSON is a speculative_config, or KnapSpec settings if it has no "method",
-    or null for one more plain engine. settings: KnapSpec settings of all arms that use it.
+    or null for one more plain engine, as is "method": null; beside them "engine_args" and
+    "environment" of this arm. settings: KnapSpec settings of all arms that use it.
     """
     base = {"method": "knapspec", "num_speculative_tokens": num_speculative_tokens}
     base.update(settings or {})
@@ -98,4 +108,15 @@ def _own_arm(text: str, base: dict[str, Any]) -> Arm:
         return Arm(name)
     if not isinstance(config, dict):
         raise UsageError(f"--arm {name}: a JSON object or null is needed, not {value}")
-    return Arm(name, config if "method" in config else {**base, **config})
+    own = {key: _object(name, key, config.pop(key, {})) for key in ("environment", "engine_args")}
+    if "method" not in config:
+        return Arm(name, {**base, **config}, **own)
+    if config["method"] is None and len(config) > 1:
+        raise UsageError(f'--arm {name}: a plain engine ("method": null) has no further settings')
+    return Arm(name, config if config["method"] else None, **own)
+
+
+def _object(arm: str, key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(f"--arm {arm}: {key} is a JSON object, not {value!r}")
+    return {k: str(v) for k, v in value.items()} if key == "environment" else value

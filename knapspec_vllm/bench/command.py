@@ -73,7 +73,7 @@ class Benchmark:
         fresh = Results(
             provenance=provenance(),
             settings=_settings(arguments),
-            arms={arm.name: {"speculative_config": arm.speculative} for arm in arms},
+            arms={arm.name: arm.described() for arm in arms},
             left_out=left_out,
             cells=cells,
         )
@@ -158,7 +158,7 @@ class Benchmark:
                 settings["gpu_memory_utilization"] = round(share, 3)
         else:
             environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_gib))
-        settings.update(arguments.engine_args)
+        settings.update({**arguments.engine_args, **arm.engine_args})
         if arm.speculative is not None:
             own = {"store_dir": store} if arm.is_knapspec else {}
             settings["speculative_config"] = {**own, **arm.speculative}

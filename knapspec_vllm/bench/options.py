@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--arm", action="append", default=[], metavar="NAME=JSON",
         help="an arm of your own: a speculative_config, KnapSpec settings (no \"method\" in it), "
-        "or null for one more plain engine, which shows the noise",
+        "or null for one more plain engine, which shows the noise; beside them \"engine_args\" and "
+        "\"environment\" of this arm alone",
     )  # fmt: skip
     add(
         "--settings", type=json_object, default={}, metavar="JSON",

@@ -201,5 +201,5 @@ class Results:
 def _comparable(value: Any) -> Any:
     """As it would come back from the file; an engine's own facts are none of the question."""
     if isinstance(value, dict) and "speculative_config" in value:
-        value = value["speculative_config"]
+        value = {name: part for name, part in value.items() if name != "engine"}
     return json.loads(json.dumps(without_folders(value)))

@@ -35,7 +35,7 @@ def twin(module: nn.Module, **parts: Any) -> nn.Module:
 
 def norm(module: Any) -> Norm:
     """An RMSNorm, alone or with the residual add in front of it."""
-    kernels = _cpu_kernels()
+    kernels = _fused_kernels()
     if kernels is None or not _is_plain_norm(module):
         return module_norm(module)
     epsilon = module.variance_epsilon
@@ -67,7 +67,7 @@ def module_norm(module: Any) -> Norm:
 
 def head_norm(module: Any) -> Any:
     """The norm of queries or keys, head by head."""
-    if _cpu_kernels() is None or not _is_plain_norm(module):
+    if _fused_kernels() is None or not _is_plain_norm(module):
         return module
     fused = norm(module)
     # Queries and keys are slices of one product, and the kernel wants dense rows.
@@ -96,7 +96,7 @@ def activation(module: Any) -> Any:
     """The activation between an MLP's two linear layers."""
     from vllm.model_executor.layers.activation import SiluAndMul
 
-    kernels = _cpu_kernels()
+    kernels = _fused_kernels()
     if not isinstance(module, SiluAndMul):
         return module
     if kernels is None:
@@ -131,11 +131,12 @@ def _platform_forward(module: Any) -> Any:
     return module
 
 
-def _cpu_kernels() -> Any:
-    """vLLM's C++ kernels on a CPU; None elsewhere, where its modules call fused ones themselves."""
+def _fused_kernels() -> Any:
+    """vLLM's own kernels on CPUs and CUDA, which its modules do not call in a compiled server; None
+    elsewhere."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
         return None
     wanted = ("rms_norm", "fused_add_rms_norm", "silu_and_mul")
     return torch.ops._C if all(hasattr(torch.ops._C, name) for name in wanted) else None

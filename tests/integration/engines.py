@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from knapspec_vllm.planner.types import Plan
 
 #: Chat-length to document-length prompts, in tokens: block boundaries (128 is the CPU block size),
@@ -38,6 +40,8 @@ def engine(model: Path, knapspec: dict[str, Any] | None = None, **settings: Any)
         "max_model_len": 6144,
         "max_num_seqs": 8,
         "disable_log_stats": False,
+        # The models are small, and a GPU may have other work.
+        **({"gpu_memory_utilization": 0.3} if torch.cuda.is_available() else {}),
         **settings,
     }
     llm = LLM(model=str(model), **settings)

@@ -164,6 +164,11 @@ def test_report_without_predictions_or_drafts(bench: Any, tmp_path: Path) -> Non
         (("m", "--arm", "x={"), "--arm x: not JSON"),
         (("m", "--arm", "x=3"), "--arm x: a JSON object or null is needed"),
         (("m", "--arm", "ngram={}"), "--arm ngram: the name is taken"),
+        (
+            ("m", "--arm", 'x={"method": null, "bins": 4}'),
+            '--arm x: a plain engine ("method": null)',
+        ),
+        (("m", "--arm", 'x={"engine_args": 3}'), "--arm x: engine_args is a JSON object, not 3"),
         (("m", "--tokens", "1"), "--tokens 1"),
         (("m", "--arms", "ngram", "--check", "1"), "--check judges the arm knapspec"),
         (("m", "--engine-args", '{"speculative_config": {}}'), "--engine-args: speculative_config"),
@@ -225,6 +230,30 @@ def test_arms() -> None:
         assert configs[name] == {**base, **own}
     assert configs["swift"]["strategy"] == "swift"
     assert configs["declining"]["draft_length"] == 0
+
+
+def test_arms_with_engine_args_of_their_own(bench: Any, tmp_path: Path) -> None:
+    graphs = {"compilation_config": {"cudagraph_mode": "FULL"}}
+    own = {"method": None, "environment": {"V2": 0}, "engine_args": graphs}
+    arms, _ = make_arms(
+        [], ["v1=" + json.dumps(own), "full=" + json.dumps({"engine_args": graphs})]
+    )
+    plain, v1, full = arms
+    assert plain.described() == {"speculative_config": None}
+    assert v1.described() == {
+        "speculative_config": None,
+        "environment": {"V2": "0"},
+        "engine_args": graphs,
+    }
+    assert full.is_knapspec
+    assert full.engine_args == graphs
+    options = ("--arms", "knapspec", "--arm", "v1=" + json.dumps(own), "--out", str(tmp_path))
+    assert bench("m", *SMALL, *options) == 0
+    engines = {engine.name: engine for engine in bench.made}
+    assert engines["v1"].settings["compilation_config"] == graphs["compilation_config"]
+    assert engines["v1"].environment["V2"] == "0"
+    assert "compilation_config" not in engines["plain"].settings
+    assert "V2" not in engines["plain"].environment
 
 
 def test_suffix_is_left_out_where_its_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def bench_device() -> torch.device:
     return torch.device("cpu" if is_toy() else "cuda")
 
 
-def measure(run: Callable[[], object]) -> Timing:
+def measure(run: Callable[[], object], budget_ms: float = BUDGET_MS) -> Timing:
     """Times one callable after warming it up."""
     if is_toy():
         times = [_timed_on_host(run) for _ in range(3)]
@@ -89,7 +89,7 @@ def measure(run: Callable[[], object]) -> Timing:
     estimate = _timed_on_gpu(replay, flush, 5)
     fewest, most = RUNS
     typical = max(sorted(estimate)[len(estimate) // 2], 1e-3)
-    count = max(fewest, min(most, int(BUDGET_MS / typical)))
+    count = max(fewest, min(most, int(budget_ms / typical)))
     return _timing(_timed_on_gpu(replay, flush, count), graph=graph)
 
 
@@ -131,6 +131,7 @@ def report(op: str, cases: list[Case]) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=f"bench of {op}")
     parser.add_argument("--json", type=Path, help="write results and provenance to this file")
     parser.add_argument("--only", default="", help="run only cases whose name contains this")
+    parser.add_argument("--budget-ms", type=float, default=BUDGET_MS, help="time of each callable")
     arguments, _ = parser.parse_known_args()
     about = provenance()
     copy = copy_gbps()
@@ -144,7 +145,7 @@ def report(op: str, cases: list[Case]) -> list[dict[str, Any]]:
     rows = []
     for case in cases:
         if arguments.only in case.name:
-            row = _run_case(case, copy)
+            row = _run_case(case, copy, arguments.budget_ms)
             rows.append(row)
             _print_row(row, width)
     if arguments.json:
@@ -155,12 +156,12 @@ def report(op: str, cases: list[Case]) -> list[dict[str, Any]]:
     return rows
 
 
-def _run_case(case: Case, copy: float) -> dict[str, Any]:
-    timing = measure(case.run)
+def _run_case(case: Case, copy: float, budget_ms: float) -> dict[str, Any]:
+    timing = measure(case.run, budget_ms)
     gbps = case.moved_bytes / (timing.median * 1e6)
     baselines = {}
     for name, run in case.baselines.items():
-        other = measure(run)
+        other = measure(run, budget_ms)
         baselines[name] = asdict(other) | {"ratio": other.median / timing.median}
     return {
         "case": case.name,
