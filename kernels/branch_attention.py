@@ -264,9 +264,10 @@ def branch_attention(
     tiles = triton.cdiv(branches * refs * group, block_m)
 
     longest = visible_bound(max_prefix, kv.block_size, sinks, window, sliding_window)
-    # A tile keeps an SM as busy as four programs of the decode kernel do, and its partial results
-    # are as large as hundreds of keys: split later than there, and into longer pieces.
-    splits = split_count(4 * tiles * rows * heads, longest // 4, query.device)
+    # A tile keeps an SM busy alone, and its partial results are as large as hundreds of keys: its
+    # pieces are longer than the decode kernel's.
+    per_sm = 1 if num_warps == 8 else 2
+    splits = split_count(tiles * rows * heads, longest // 4, per_sm, query.device)
     partial = maximum = total = out
     if splits > 1:
         shape = (branches * tokens, query_heads, splits)

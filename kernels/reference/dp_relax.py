@@ -49,14 +49,14 @@ def dp_relax(
     if len(streams) == 1:
         rows = torch.arange(number, dtype=torch.int32, device=full.device)
         near &= alive
-        near[0] = True
+        near[:1].fill_(True)  # not near[0] = True: a CUDA graph cannot capture a scalar's way in
         return Relaxed(rows, rows, torch.zeros_like(rows), saved, error, near)
     mode_step = 2 if window is None else 1
     # [K, 1]
     gains = savings[: mode_step * len(streams) : mode_step, None]
     pool_saved = (saved + gains).flatten()
     allowed = (alive & (gains >= 0.0)).flatten() & near & (pool_saved <= max_saving)
-    allowed[0] = False
+    allowed[:1].fill_(False)
     chosen, kept = _select(pool_saved, error, allowed, number - 1, exchange_rate)
     rows = torch.zeros(number, dtype=torch.int32, device=full.device)
     rows[1:] = chosen * kept
