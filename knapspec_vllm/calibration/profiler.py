@@ -18,11 +18,15 @@ from dataclasses import dataclass
 import torch
 
 from knapspec_vllm.draft.attention import AttentionPath
+from knapspec_vllm.draft.branches import VllmBranches
 from knapspec_vllm.draft.drafter import Drafter
 from knapspec_vllm.draft.engine import Engine
 from knapspec_vllm.draft.metadata import StepMetadata, slots_of
+from knapspec_vllm.draft.references import References
 from knapspec_vllm.draft.rows import DraftRows
+from knapspec_vllm.draft.windows import WindowGeometry
 from knapspec_vllm.planner.costs import CostSample
+from knapspec_vllm.planner.solver import ItemWeights, SolverSettings, start_solve
 from knapspec_vllm.planner.types import Mode, Plan
 
 logger = logging.getLogger("vllm.knapspec")
@@ -84,6 +88,29 @@ def warm_up(engine: Engine, drafter: Drafter, max_rows: int) -> None:
         rows = _fake_rows(engine, cell, 1)
         for plan in uniform_plans(engine.view.num_layers).values():
             _draft_step(drafter, plan, rows, 1, captured=False)()
+
+
+@torch.inference_mode()
+def warm_up_solver(
+    engine: Engine, geometry: WindowGeometry, settings: SolverSettings, number: int
+) -> None:
+    """One solve over a short context and one over a long one; number: of reference tokens.
+
+    Triton compiles a kernel when it is first launched: without this the first solve of a server
+    held its requests for 12 s (H200, 8B).
+    """
+    for cell in list(_cells(engine, 1, 1)):
+        rows = _fake_rows(engine, cell, 1)
+        count = min(number, cell.context - 1)
+        references = References(
+            tokens=rows.tokens.repeat(count),
+            starts=rows.positions + 1 - count,
+            block_table=rows.block_table,
+            max_start=cell.context - count,
+        )
+        start_solve(
+            VllmBranches(engine, geometry, references), ItemWeights(1.0, 1.0, 1.0), settings
+        ).result()
 
 
 @torch.inference_mode()

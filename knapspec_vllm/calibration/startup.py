@@ -7,7 +7,9 @@ import dataclasses
 import logging
 import time
 
-from knapspec_vllm.calibration.profiler import faster_attention, measure, warm_up
+import torch
+
+from knapspec_vllm.calibration.profiler import faster_attention, measure, warm_up, warm_up_solver
 from knapspec_vllm.calibration.store import (
     Calibration,
     CalibrationStore,
@@ -18,6 +20,7 @@ from knapspec_vllm.calibration.store import (
 from knapspec_vllm.draft.memory import added_bytes
 from knapspec_vllm.draft.proposer import KnapSpecProposer
 from knapspec_vllm.planner.costs import CostModel
+from knapspec_vllm.planner.solver import SolverSettings
 from knapspec_vllm.planner.types import Frontier
 
 logger = logging.getLogger("vllm.knapspec")
@@ -66,6 +69,8 @@ def calibrate(proposer: KnapSpecProposer) -> None:
         if source == "stored":
             max_rows = engine.vllm_config.scheduler_config.max_num_seqs
             warm_up(engine, proposer.drafter, max_rows)
+    if costs is not None and engine.device.type != "cpu":
+        _warm_up_solver(proposer)
     if proposer.drafter.graphs is not None:
         proposer.drafter.graphs.clear()
     if frontier is not None:
@@ -78,6 +83,26 @@ def calibrate(proposer: KnapSpecProposer) -> None:
     }
     proposer.memory_bytes = added_bytes(engine, config, proposer.num_speculative_tokens)
     proposer.use(costs, frontier, keep)
+
+
+def _warm_up_solver(proposer: KnapSpecProposer) -> None:
+    engine, config = proposer.engine, proposer.config
+    assert engine is not None
+    solves = config.plan == "auto" and config.resolve and config.strategy == "knapspec"
+    if not (solves and engine.paged_kv):
+        return
+    start = time.perf_counter()
+    try:
+        number = config.reference_tokens * config.reference_rows
+        warm_up_solver(engine, proposer.geometry, SolverSettings.of(config), number)
+    except torch.OutOfMemoryError:
+        if not proposer.agreement.alone:  # the other ranks wait in a collective of the solve
+            raise
+        logger.warning(
+            "KnapSpec has no memory to solve for plans: lower gpu_memory_utilization, "
+            "live_branches or reference_tokens"
+        )
+    logger.info("KnapSpec warmed its solver up in %.1f s", time.perf_counter() - start)
 
 
 def _fully_forced(proposer: KnapSpecProposer) -> bool:

@@ -162,15 +162,7 @@ class Solving:
                 fixed_us=costs.fixed_us(batch),
             )
         )
-        settings = SolverSettings(
-            bins=config.bins,
-            live_branches=config.live_branches,
-            max_saving=config.max_saving,
-            prune_cosine=config.prune_cosine,
-            keep_first_layers=config.keep_first_layers,
-            keep_last_layers=config.keep_last_layers,
-            windows=config.windows,
-        )
+        settings = SolverSettings.of(config)
         with torch.inference_mode():
             runner = VllmBranches(self._engine, self._geometry, references)
             if self.strategy is None:

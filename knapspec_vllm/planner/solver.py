@@ -20,8 +20,8 @@ O(branches * R * d) plus two small integers per item and branch.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -66,6 +66,11 @@ class SolverSettings:
     keep_first_layers: int = 1
     keep_last_layers: int = 1
     windows: bool = True
+
+    @classmethod
+    def of(cls, config: Any) -> SolverSettings:
+        """The same fields of a KnapSpecConfig."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
 @dataclass

@@ -15,9 +15,10 @@ from engines import assert_same_tokens, engine, greedy, proposer_of
 
 from knapspec_vllm import envs, ops
 from knapspec_vllm.bench.checkpoints import random_checkpoint
+from knapspec_vllm.calibration.profiler import warm_up_solver
 from knapspec_vllm.draft import solving
 from knapspec_vllm.draft.graphs import Capture, CudaCapture, StepGraphs
-from knapspec_vllm.planner.solver import start_solve
+from knapspec_vllm.planner.solver import SolverSettings, start_solve
 from tests.helpers_no_sync import no_host_sync
 
 pytestmark = pytest.mark.kernels
@@ -99,6 +100,17 @@ def test_drafts_with_captured_steps(triton_ops, capture) -> None:
     assert graphs["captured"] == 2
     assert graphs["hit"] > 2
     assert not graphs["failed"]
+
+
+def test_warms_the_solver_up(triton_ops) -> None:
+    """Every kernel of a solve is launched before the server takes requests."""
+    settings = {"plan": "skip mlp:1", "draft_length": 1, "window_tokens": 16, "sink_tokens": 16}
+    with engine(random_checkpoint("LlamaForCausalLM"), settings, **ENGINE) as llm:
+        proposer = proposer_of(llm)
+        ops.launches.clear()
+        warm_up_solver(proposer.engine, proposer.geometry, SolverSettings(live_branches=6), 4)
+        assert {op for op, ran in ops.launches if ran == "triton"} >= SOLVER_KERNELS
+        assert not [op for op, ran in ops.launches if ran == "eager"]
 
 
 def test_solves(triton_ops, tmp_path: Path) -> None:
