@@ -15,6 +15,7 @@ from typing import Any
 from knapspec_vllm.config import KnapSpecConfig
 
 MAX_SPECULATIVE_TOKENS = 32
+ASYNC_DEVICES = ("cuda",)  # vLLM schedules nothing ahead on a CPU
 
 Rule = Callable[[Any, KnapSpecConfig], str | None]
 
@@ -88,18 +89,22 @@ def _above_one(path: str, sentence: str) -> Rule:
     return rule
 
 
-def _explicit_async(vllm_config: Any, settings: KnapSpecConfig) -> str | None:
-    if _get(vllm_config, "scheduler_config.async_scheduling") is True:
-        return "--async-scheduling cannot be combined with it; write --no-async-scheduling."
-    return None
+def _asynchronous(vllm_config: Any, settings: KnapSpecConfig) -> str | None:
+    needed = None
+    if _get(vllm_config, "device_config.device_type") not in ASYNC_DEVICES:
+        needed = "a GPU"
+    elif _get(vllm_config, "parallel_config.distributed_executor_backend") not in (None, "uni"):
+        needed = "one rank, in the engine's own process,"
+    elif settings.debug_invariants or settings.confidence_threshold > 0:
+        needed = "debug_invariants and confidence_threshold unset"
+    if needed is None or _get(vllm_config, "scheduler_config.async_scheduling") is not True:
+        return None
+    return f"--async-scheduling needs {needed} with it; or write --no-async-scheduling."
 
 
 def _explicit_v2(vllm_config: Any, settings: KnapSpecConfig) -> str | None:
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "").strip() == "1":
-        return (
-            "VLLM_USE_V2_MODEL_RUNNER=1 asks for a model runner it does not support yet; "
-            "unset the variable."
-        )
+        return "VLLM_USE_V2_MODEL_RUNNER=1 asks for a model runner it does not support; unset it."
     return None
 
 
@@ -193,10 +198,9 @@ def _sliding_window(vllm_config: Any, settings: KnapSpecConfig) -> str | None:
 
 def _chunked_attention(vllm_config: Any, settings: KnapSpecConfig) -> str | None:
     text = _get(vllm_config, "model_config.hf_text_config")
-    for name in ("dual_chunk_attention_config", "attention_chunk_size"):
-        if getattr(text, name, None):
-            return f"the model's {name} is not supported; serve it without KnapSpec."
-    return None
+    names = (n for n in ("dual_chunk_attention_config", "attention_chunk_size") if _get(text, n))
+    found = next(names, None)
+    return found and f"the model's {found} is not supported; serve it without KnapSpec."
 
 
 def _pooling(vllm_config: Any, settings: KnapSpecConfig) -> str | None:
@@ -207,21 +211,17 @@ def _pooling(vllm_config: Any, settings: KnapSpecConfig) -> str | None:
 
 def _platform(vllm_config: Any, settings: KnapSpecConfig) -> str | None:
     device = str(_get(vllm_config, "device_config.device_type", "cpu"))
-    if device not in ("cpu", "cuda"):  # ROCm calls itself cuda
-        return f"device '{device}' is not supported; it runs on CPU, CUDA and ROCm."
-    return None
+    known = device in ("cpu", "cuda")  # ROCm calls itself cuda
+    return None if known else f"device '{device}' is not supported; it runs on CPU, CUDA and ROCm."
 
 
 #: Checked before vLLM resolves the config, to say it more clearly than vLLM would.
-BEFORE: tuple[Rule, ...] = (_explicit_async, _explicit_v2)
+BEFORE: tuple[Rule, ...] = (_asynchronous, _explicit_v2)
 
 AFTER: tuple[Rule, ...] = (
     _platform,
     _resolved_v2,
-    _flag(
-        "scheduler_config.async_scheduling",
-        "--async-scheduling cannot be combined with it; write --no-async-scheduling.",
-    ),
+    _asynchronous,
     _token_count,
     _draft_model_keys,
     _sampling_methods,

@@ -17,8 +17,10 @@ from knapspec_vllm.calibration.store import (
     hardware_name,
     store_directory,
 )
+from knapspec_vllm.draft.graphs import CudaCapture
 from knapspec_vllm.draft.memory import added_bytes
 from knapspec_vllm.draft.proposer import KnapSpecProposer
+from knapspec_vllm.draft.solve_graphs import Shape, SolveGraphs
 from knapspec_vllm.planner.costs import CostModel
 from knapspec_vllm.planner.solver import SolverSettings
 from knapspec_vllm.planner.types import Frontier
@@ -69,8 +71,9 @@ def calibrate(proposer: KnapSpecProposer) -> None:
         if source == "stored":
             max_rows = engine.vllm_config.scheduler_config.max_num_seqs
             warm_up(engine, proposer.drafter, max_rows)
+    solver = None
     if costs is not None and engine.device.type != "cpu":
-        _warm_up_solver(proposer)
+        solver = _prepared_solver(proposer)
     if proposer.drafter.graphs is not None:
         proposer.drafter.graphs.clear()
     if frontier is not None:
@@ -83,26 +86,44 @@ def calibrate(proposer: KnapSpecProposer) -> None:
     }
     proposer.memory_bytes = added_bytes(engine, config, proposer.num_speculative_tokens)
     proposer.use(costs, frontier, keep)
+    assert proposer.planning is not None
+    proposer.planning.solving.graphs = solver
 
 
-def _warm_up_solver(proposer: KnapSpecProposer) -> None:
+def _prepared_solver(proposer: KnapSpecProposer) -> SolveGraphs | None:
+    """Everything of the solver compiled; and captured, where draft steps are."""
     engine, config = proposer.engine, proposer.config
     assert engine is not None
     solves = config.plan == "auto" and config.resolve and config.strategy == "knapspec"
     if not (solves and engine.paged_kv):
-        return
+        return None
     start = time.perf_counter()
+    settings, graphs = SolverSettings.of(config), None
+    number = config.reference_tokens * config.reference_rows
     try:
-        number = config.reference_tokens * config.reference_rows
-        warm_up_solver(engine, proposer.geometry, SolverSettings.of(config), number)
+        warm_up_solver(engine, proposer.geometry, settings, number)
+        if proposer.drafter.graphs is not None:
+            capture = CudaCapture(engine.device)
+            graphs = SolveGraphs(engine, proposer.geometry, settings, capture)
+            graphs.prepare(
+                [
+                    Shape(rows, number // rows, windows)
+                    for rows in {1, config.reference_rows}
+                    for windows in {False, config.windows}
+                ]
+            )
     except torch.OutOfMemoryError:
         if not proposer.agreement.alone:  # the other ranks wait in a collective of the solve
             raise
         logger.warning(
-            "KnapSpec has no memory to solve for plans: lower gpu_memory_utilization, "
+            "KnapSpec has no memory to spare for solving: lower gpu_memory_utilization, "
             "live_branches or reference_tokens"
         )
-    logger.info("KnapSpec warmed its solver up in %.1f s", time.perf_counter() - start)
+    logger.info(
+        "KnapSpec warmed its solver up in %.1f s, %d shapes of it captured",
+        time.perf_counter() - start, len(graphs or ()),
+    )  # fmt: skip
+    return graphs
 
 
 def _fully_forced(proposer: KnapSpecProposer) -> bool:

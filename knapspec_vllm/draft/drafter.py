@@ -68,15 +68,20 @@ class Drafter:
         draft_length = min(draft_length, max(rows.limits, default=0))
         if draft_length <= 0:
             return [[] for _ in range(len(rows))]
+        state = self.run(plan, draft_length, rows)
+        counts, *columns = torch.cat([state.counts[None].long(), state.drafts.T]).tolist()
+        return [[column[i] for column in columns[: counts[i]]] for i in range(len(rows))]
+
+    def run(self, plan: Plan, draft_length: int, rows: DraftRows) -> ops.DraftState:
+        """The rows, the first of the state, after `draft_length` steps; on the device, where it may
+        still be computed. What a row did not draft is -1."""
         started = self.start(plan, draft_length, rows, self.captured(plan, len(rows)))
-        state = started.state
         with started.steps() as step:
             for _ in range(draft_length):
                 step()
-                if self._may_stop_early and not state.active.any():
+                if self._may_stop_early and not started.state.active.any():
                     break
-        counts, *columns = torch.cat([state.counts[None].long(), state.drafts.T]).tolist()
-        return [[column[i] for column in columns[: counts[i]]] for i in range(len(rows))]
+        return started.state
 
     def start(
         self,

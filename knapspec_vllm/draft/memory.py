@@ -20,10 +20,10 @@ def added_bytes(
 ) -> dict[str, int]:
     """Upper bounds in bytes, by kind.
 
-    solver: while a solve runs; its largest tensors are the branches' streams and the logits of one
-    part of them. draft: a round's states and head, of the largest batch. lookahead: KV cache slots
-    that vLLM allocates ahead of running requests, all of them at once; part of its cache, not on
-    top of it.
+    solver: while a solve runs, and for good where solves are captured; its largest tensors are the
+    branches' streams and the logits of one part of them. draft: a round's states and head, of the
+    largest batch. lookahead: KV cache slots that vLLM allocates ahead of running requests, all of
+    them at once; part of its cache, not on top of it.
     """
     model = engine.vllm_config.model_config
     parallel = engine.vllm_config.parallel_config

@@ -17,6 +17,7 @@ import torch
 from knapspec_vllm import models, ops
 from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.draft.agreement import Agreement
+from knapspec_vllm.draft.async_planning import AsyncPlanning
 from knapspec_vllm.draft.cache_layout import CacheLayout, UnknownCacheLayoutError
 from knapspec_vllm.draft.drafter import Drafter
 from knapspec_vllm.draft.engine import Engine, own_attention_groups
@@ -52,6 +53,8 @@ class KnapSpecProposer:
         #: Plan and number of tokens drafted for each request in the last round.
         self._drafted: dict[str, tuple[Plan, int]] = {}
         self._clock = RoundClock(self.stats)
+        #: Decides instead of `propose_full` where vLLM schedules asynchronously.
+        self.asynchronous: AsyncPlanning | None = None
         #: Where the cost curves come from: "source", "hardware", "measured_at" (seconds, epoch).
         self.calibration: dict[str, Any] = {}
         #: Beyond plain vLLM's, by kind.
@@ -104,6 +107,8 @@ class KnapSpecProposer:
             )  # fmt: skip
         elif self.engine.device.type != "cpu":
             logger.info("KnapSpec drafts launch by launch, without CUDA graphs: %s", refused)
+        if getattr(runner, "use_async_scheduling", False):
+            self.asynchronous = AsyncPlanning(self, runner)
         self._guard = InvariantGuard(self.engine) if self.config.debug_invariants else None
 
     def use(

@@ -73,7 +73,9 @@ class RoundClock:
             return
         engine_us = (self._entered - last.ended) * 1e6
         step_us = engine_us + last.own_us
-        if self._interrupted(last.choice.round_us, step_us + last.draft_us):
+        round_us = step_us + last.draft_us
+        self._doubted, stop = interrupted(last.choice.round_us, round_us, self._doubted)
+        if stop:
             return
         stats.add_round(engine_us, last.own_us, last.draft_us, last.solve_us)
         if policy is None or last.unusual:
@@ -90,13 +92,6 @@ class RoundClock:
             gained * policy.plain_us(last.batch),
             step_us + last.draft_us,
         )
-
-    def _interrupted(self, predicted_us: float, time_us: float) -> bool:
-        if not 0 < _PAUSED * predicted_us < time_us or self._doubted >= _DOUBTS:
-            self._doubted = 0
-            return False
-        self._doubted += 1
-        return True
 
     def ended(
         self,
@@ -126,3 +121,10 @@ class RoundClock:
             own_us=max(0.0, (now - self._entered) * 1e6 - draft_us - solve_us),
             ended=now,
         )
+
+
+def interrupted(predicted_us: float, time_us: float, doubted: int) -> tuple[int, bool]:
+    """(Rounds in a row that were taken to be interrupted, whether this one is); doubted: before."""
+    if not 0 < _PAUSED * predicted_us < time_us or doubted >= _DOUBTS:
+        return 0, False
+    return doubted + 1, True

@@ -15,6 +15,7 @@ from knapspec_vllm.draft.agreement import Agreement
 from knapspec_vllm.draft.branches import VllmBranches
 from knapspec_vllm.draft.engine import Engine
 from knapspec_vllm.draft.references import References
+from knapspec_vllm.draft.solve_graphs import SolveGraphs
 from knapspec_vllm.draft.windows import WindowGeometry
 from knapspec_vllm.metrics.stats import Stats
 from knapspec_vllm.planner import baselines
@@ -68,6 +69,8 @@ class Solving:
         self._stats = stats
         self._on_frontier = on_frontier
         self.strategy = None if config.strategy == "knapspec" else baselines.make(config.strategy)
+        #: Of KnapSpec's own solver; None: launch by launch.
+        self.graphs: SolveGraphs | None = None
         #: Solve in the next round, whatever the policy thinks; to be set on every rank.
         self.requested = False
         self._since: int | None = None
@@ -164,6 +167,10 @@ class Solving:
         )
         settings = SolverSettings.of(config)
         with torch.inference_mode():
+            if self.graphs is not None:
+                captured = self.graphs.start(references, weights)
+                if captured is not None:
+                    return captured
             runner = VllmBranches(self._engine, self._geometry, references)
             if self.strategy is None:
                 return start_solve(runner, weights, settings)

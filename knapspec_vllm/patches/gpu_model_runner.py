@@ -16,8 +16,12 @@ from knapspec_vllm.patches.ledger import by_name
 
 
 def install() -> None:
-    """Wrap the two methods through which the runner drafts."""
-    for name, make in (("propose", _make_propose), ("fits_in_drafter", _make_fits)):
+    """Wrap the methods through which the runner drafts."""
+    for name, make in (
+        ("propose", _make_propose),
+        ("fits_in_drafter", _make_fits),
+        ("async_sampled", _make_states),
+    ):
         patch = by_name(name)
         owner, attribute = compat.resolve(patch.target)
         apply.replace(name, owner, attribute, make, patch.seam.parameters)
@@ -40,7 +44,12 @@ def _make_propose(original: Any) -> Any:
         # As the original does: probabilities of an older draft must not meet a newer one.
         self._draft_probs = None
         self._draft_prob_req_ids = None
-        return drafter.propose_full(self, **dict(zip(names, args, strict=False)), **kwargs)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if drafter.asynchronous is None:
+            return drafter.propose_full(self, **given)
+        return drafter.asynchronous.propose(
+            given["scheduler_output"], given["common_attn_metadata"]
+        )
 
     return propose_draft_token_ids
 
@@ -48,8 +57,25 @@ def _make_propose(original: Any) -> Any:
 def _make_fits(original: Any) -> Any:
     @functools.wraps(original)
     def _input_fits_in_drafter(self: Any, common_attn_metadata: Any) -> bool:
-        if drafter_of(self) is None:
+        drafter = drafter_of(self)
+        if drafter is None:
             return original(self, common_attn_metadata)  # type: ignore[no-any-return]
+        if drafter.asynchronous is not None:
+            # The one moment after sampling and before vLLM's own bookkeeping.
+            drafter.asynchronous.publish()
         return common_attn_metadata is not None
 
     return _input_fits_in_drafter
+
+
+def _make_states(original: Any) -> Any:
+    @functools.wraps(original)
+    def _update_states_after_model_execute(
+        self: Any, output_token_ids: Any, scheduler_output: Any
+    ) -> Any:
+        drafter = drafter_of(self)
+        if drafter is not None and drafter.asynchronous is not None:
+            drafter.asynchronous.sampled(output_token_ids)
+        return original(self, output_token_ids, scheduler_output)
+
+    return _update_states_after_model_execute

@@ -53,8 +53,10 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         name="refusals",
         seam=Seam("vllm.config.vllm:VllmConfig.__post_init__"),
-        what="Raises ValueError for combinations KnapSpec cannot serve, before weights load.",
-        why="vLLM cannot know what a custom proposer does with the KV cache.",
+        what="Raises ValueError for combinations KnapSpec cannot serve, before weights load; "
+        "admits --async-scheduling where it can.",
+        why="vLLM cannot know what a custom proposer does with the KV cache, and refuses "
+        "asynchronous scheduling with any.",
         upstream="vllm-project/vllm#36219 (proposer unification RFC, open)",
         remove_when="custom_class proposers can validate the VllmConfig themselves.",
     ),
@@ -121,6 +123,40 @@ PATCHES: tuple[Patch, ...] = (
         "drafts for every row, which spoils the acceptance statistics.",
         upstream="not reported yet",
         remove_when="vLLM clips per row, or asks the proposer.",
+    ),
+    Patch(
+        name="async_sampled",
+        seam=Seam(
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states_after_model_execute",
+            ("output_token_ids", "scheduler_output"),
+        ),
+        what="Keeps the step's sampled tokens; under --async-scheduling drafts start from them.",
+        why="custom_class proposers get tokens on the host, which then does not have them.",
+        upstream="vllm-project/vllm#36219 (proposer unification RFC, open)",
+        remove_when="custom_class proposers receive what EAGLE proposers receive.",
+    ),
+    Patch(
+        name="async_decision",
+        seam=Seam(
+            "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule",
+            ("scheduler_output",),
+        ),
+        what="Sets how many tokens a step's rows draft, and a row's own limit.",
+        why="The next step is scheduled before anything of this one is known, with as many "
+        "placeholders as will be drafted; vLLM takes that from a table by batch size.",
+        upstream="none: num_spec_tokens_to_schedule has no hook",
+        remove_when="a proposer may choose num_spec_tokens_to_schedule.",
+    ),
+    Patch(
+        name="async_feedback",
+        seam=Seam(
+            "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+            ("scheduler_output", "model_runner_output"),
+        ),
+        what="Learns from a step's accepted drafts and from the time between two results.",
+        why="Workers never see accepted tokens on the host under --async-scheduling.",
+        upstream="none: SpecDecodingStats are sums over requests",
+        remove_when="a proposer is told what was accepted of its drafts.",
     ),
     Patch(
         name="plain_sampling",

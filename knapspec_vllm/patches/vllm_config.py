@@ -27,10 +27,16 @@ def _make_post_init(original: Any) -> Any:
     @functools.wraps(original)
     def __post_init__(self: Any, *args: Any, **kwargs: Any) -> None:
         selected = is_selected(self)
+        asynchronous = False
         if selected:
             refusals.check_before(self)
+            # vLLM refuses it with any custom_class; `check_before` has seen that ours can have it.
+            asynchronous = self.scheduler_config.async_scheduling is True
+            if asynchronous:
+                self.scheduler_config.async_scheduling = False
         original(self, *args, **kwargs)
         if selected:
+            self.scheduler_config.async_scheduling = asynchronous
             refusals.check(self)
 
     return __post_init__

@@ -25,10 +25,11 @@ def _make_init(original: Any) -> Any:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        if is_selected(signature.bind(self, *args, **kwargs).arguments["vllm_config"]):
+        config = signature.bind(self, *args, **kwargs).arguments["vllm_config"]
+        if is_selected(config):
             from knapspec_vllm.patches import install_in_worker
 
-            install_in_worker(type(self))
+            install_in_worker(type(self), bool(config.scheduler_config.async_scheduling))
         original(self, *args, **kwargs)
 
     return __init__

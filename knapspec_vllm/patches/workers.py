@@ -13,7 +13,7 @@ from typing import Any
 
 from knapspec_vllm.metrics import ray_sink, run_folder
 from knapspec_vllm.metrics.publisher import FileSink, Publisher, Sink
-from knapspec_vllm.patches import apply
+from knapspec_vllm.patches import apply, async_scheduler
 from knapspec_vllm.patches.gpu_model_runner import drafter_of
 from knapspec_vllm.patches.ledger import PATCHES
 
@@ -40,6 +40,8 @@ def _make_warm_up(original: Any) -> Any:
             with _random_state_kept(runner):
                 drafter.attach(runner)
                 calibrate(drafter)
+            if drafter.asynchronous is not None:
+                async_scheduler.register(self.vllm_config, drafter.asynchronous)
             _publish(drafter, self.vllm_config)
         return result
 

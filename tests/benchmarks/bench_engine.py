@@ -9,7 +9,7 @@ declining  tokens a second where every round is declined
 drafting   the same where the planner decides; declined and drafting rounds of requests alternate
 busy       share of the time in which the GPU computes, in either, and the kernels it spends it on
 step       one draft step of the plan that was drafted with, captured and launch by launch
-solve      one solve at the defaults and with 48 reference tokens, without a wait for the device
+solve      one solve at the defaults and one with 48 reference tokens; no wait for the device
 
 With --hold FILE it then keeps the GPU memory it has until FILE exists: engines that start beside
 one that ends cannot tell whose memory came free.
@@ -199,46 +199,53 @@ class Cell:
 
 
 def solves(llm: Any, context: int) -> dict[str, Any]:
-    """Milliseconds of solves for one row, and of what the host spends until they are under way."""
+    """Milliseconds of solves with windows for one row, and of what the host spends until they are
+    under way, launch by launch and, where the server captured them, replayed."""
     from knapspec_vllm.draft.branches import VllmBranches
     from knapspec_vllm.planner.solver import ItemWeights, SolverSettings, start_solve
 
     proposer = proposer_of(llm)
-    planning, engine = proposer.planning, proposer.engine
-    weights = ItemWeights(1.0, 1.0, 3.0)
-    cases = {
-        "defaults": (proposer.config.reference_tokens, SolverSettings()),
-        "R=48": (48, SolverSettings()),
-    }
+    planning, engine, config = proposer.planning, proposer.engine, proposer.config
+    weights, settings = ItemWeights(1.0, 0.5, 3.0), SolverSettings.of(config)
     found: dict[str, Any] = {}
     choose = planning.choose
 
+    def timed(solve: Callable[[], Any]) -> dict[str, Any] | None:
+        host, total = [], []
+        for _ in range(6):
+            engine.synchronize()
+            began = time.perf_counter()
+            pending = solve()
+            host.append((time.perf_counter() - began) * 1e3)
+            engine.synchronize()
+            total.append((time.perf_counter() - began) * 1e3)
+            if pending is None:
+                return None
+            pending.result()
+        return {
+            "host_ms": spread(host[1:]),
+            "total_ms": spread(total[1:]),
+            "first_ms": total[0],
+            "waits": waits(solve),
+        }
+
     def spy(batch: Any, most: int, references: Callable[[], Any], *rest: Any) -> Any:
         planning.choose = choose
-        for name, (tokens, settings) in cases.items():
-            object.__setattr__(proposer.config, "reference_tokens", tokens)
+        for per_row in (config.reference_tokens, 48 // config.reference_rows):
+            object.__setattr__(config, "reference_tokens", per_row)
             given = references()
 
-            def solve(given: Any = given, settings: Any = settings) -> Any:
+            def launched(given: Any = given) -> Any:
                 with torch.inference_mode():
                     runner = VllmBranches(engine, proposer.geometry, given)
                     return start_solve(runner, weights, settings)
 
-            host, total = [], []
-            for _ in range(5):
-                engine.synchronize()
-                began = time.perf_counter()
-                pending = solve()
-                host.append((time.perf_counter() - began) * 1e3)
-                engine.synchronize()
-                total.append((time.perf_counter() - began) * 1e3)
-                pending.result()
-            found[name] = {
-                "host_ms": host,
-                "total_ms": total,
-                "median_ms": statistics.median(total),
-                "waits": waits(solve),
-            }
+            def replayed(given: Any = given) -> Any:
+                graphs = planning.solving.graphs
+                return None if graphs is None else graphs.start(given, weights)
+
+            name = f"{len(given.tokens)} reference tokens"
+            found[name] = {"launched": timed(launched), "replayed": timed(replayed)}
         return choose(batch, most, references, *rest)
 
     planning.choose = spy

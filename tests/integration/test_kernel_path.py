@@ -17,8 +17,11 @@ from knapspec_vllm import envs, ops
 from knapspec_vllm.bench.checkpoints import random_checkpoint
 from knapspec_vllm.calibration.profiler import warm_up_solver
 from knapspec_vllm.draft import solving
+from knapspec_vllm.draft.branches import VllmBranches
 from knapspec_vllm.draft.graphs import Capture, CudaCapture, StepGraphs
-from knapspec_vllm.planner.solver import SolverSettings, start_solve
+from knapspec_vllm.draft.references import References
+from knapspec_vllm.draft.solve_graphs import Shape, SolveGraphs
+from knapspec_vllm.planner.solver import ItemWeights, SolverSettings, start_solve
 from tests.helpers_no_sync import no_host_sync
 
 pytestmark = pytest.mark.kernels
@@ -111,6 +114,59 @@ def test_warms_the_solver_up(triton_ops) -> None:
         warm_up_solver(proposer.engine, proposer.geometry, SolverSettings(live_branches=6), 4)
         assert {op for op, ran in ops.launches if ran == "triton"} >= SOLVER_KERNELS
         assert not [op for op, ran in ops.launches if ran == "eager"]
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_captured_solves(triton_ops, capture) -> None:
+    """They find what solves launch by launch find: other tokens, rows, contexts and prices too."""
+    if capture is CudaCapture and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    settings = {"plan": "skip mlp:1", "draft_length": 1, "window_tokens": 16, "sink_tokens": 16}
+    with engine(random_checkpoint("LlamaForCausalLM"), settings, **ENGINE) as llm:
+        proposer = proposer_of(llm)
+        served, geometry = proposer.engine, proposer.geometry
+        solver = SolverSettings(live_branches=6)
+        graphs = SolveGraphs(served, geometry, solver, capture(served.device))
+        graphs.prepare([Shape(2, 4, True), Shape(2, 4, False), Shape(1, 8, True)])
+        assert len(graphs) == 3
+        for rows, context, window_us in ((2, 60, 0.5), (2, 90, 1.0), (1, 200, 0.3), (2, 33, 0.5)):
+            given = fake_references(served, rows, 8 // rows, context)
+            weights = ItemWeights(1.0, window_us, 2.0)
+            found = graphs.start(given, weights)
+            assert found is not None
+            with torch.inference_mode():
+                want = start_solve(VllmBranches(served, geometry, given), weights, solver)
+            assert found.result() == want.result()
+            assert want.result()
+        assert graphs.start(fake_references(served, 1, 3, 60), weights) is None, "another shape"
+
+
+def fake_references(served, rows: int, tokens: int, context: int) -> References:
+    """Random tokens at the end of `context` tokens, over blocks that hold what they hold."""
+    device, width = served.device, -(-context // served.block_size)
+    return References(
+        tokens=torch.randint(5, 400, (rows * tokens,), device=device),
+        starts=torch.full((rows,), context - tokens, device=device),
+        block_table=torch.arange(1, rows * width + 1, dtype=torch.int32, device=device).view(
+            rows, width
+        ),
+        max_start=context - tokens,
+    )
+
+
+def test_failed_captures_leave_the_solver_as_it_was(triton_ops, caplog) -> None:
+    def refuses(step):
+        raise RuntimeError("not now")
+
+    with engine(random_checkpoint("LlamaForCausalLM"), DRAFTING, **ENGINE) as llm:
+        proposer = proposer_of(llm)
+        graphs = SolveGraphs(
+            proposer.engine, proposer.geometry, SolverSettings(live_branches=6), refuses
+        )
+        graphs.prepare([Shape(1, 4, True)])
+        given = fake_references(proposer.engine, 1, 4, 60)
+        assert graphs.start(given, ItemWeights(1.0, 0.5, 2.0)) is None
+    assert "launch by launch (not now)" in caplog.text
 
 
 def test_solves(triton_ops, tmp_path: Path) -> None:

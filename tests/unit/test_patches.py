@@ -339,6 +339,8 @@ def test_worker_patches_wait_for_a_selected_worker(model: str) -> None:
 class Recorder:
     """Stands for KnapSpecProposer: what it is called with."""
 
+    asynchronous = None
+
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
 

@@ -89,7 +89,7 @@ def test_a_plain_config_is_admitted(config: Any) -> None:
     [
         ("device_config.device_type", "tpu", "device 'tpu'"),
         ("use_v2_model_runner", True, "model runner V2"),
-        ("scheduler_config.async_scheduling", True, "--no-async-scheduling"),
+        ("scheduler_config.async_scheduling", True, "needs a GPU"),
         ("speculative_config.num_speculative_tokens", 0, "num_speculative_tokens is 0"),
         ("speculative_config.num_speculative_tokens", 33, "write 1 to 32"),
         ("speculative_config.parallel_drafting", True, "'parallel_drafting'"),
@@ -155,7 +155,7 @@ def test_published_planners_are_refused_on_several_ranks(tmp_path: Path) -> None
     [
         ({}, {"pipeline_parallel_size": 2}, "--pipeline-parallel-size is 2"),
         ({}, {"enable_lora": True}, "--enable-lora"),
-        ({}, {"async_scheduling": True}, "--no-async-scheduling"),
+        ({}, {"async_scheduling": True}, "--async-scheduling needs a GPU with it"),
         ({}, {"runner": "pooling"}, "--runner pooling"),
         ({"num_speculative_tokens": 40}, {}, "num_speculative_tokens is 40; write 1 to 32"),
         ({"num_speculative_tokens": 4, "draft_length": 5}, {}, "raise num_speculative_tokens"),

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decides what the rows of a step draft when vLLM schedules it, and learns from results.
+
+The host knows each request up to the step before the last. A decision is about batches and not
+about tokens, so it loses little: contexts are a few tokens short, and rows are taken to have room
+that they may have used up. What a round took is the time from one step's result to the next: the
+device computed one round's drafts and the step that verified them in it, so both are learned as
+one.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from knapspec_vllm.draft.async_rounds import ROUND, AsyncRound, Decision, Sampled, draft
+from knapspec_vllm.draft.references import References, newest_references
+from knapspec_vllm.draft.round_clock import interrupted
+from knapspec_vllm.draft.rows import Candidates
+from knapspec_vllm.planner.types import Batch
+from knapspec_vllm.request_options import admitted_limit
+
+if TYPE_CHECKING:
+    from knapspec_vllm.draft.proposer import KnapSpecProposer
+
+
+class AsyncPlanning:
+    """One engine's decisions, which its scheduler asks for, and its drafts, which its runner does.
+
+    They share a process, and steps come in order: a step's decision, its sampled tokens, its
+    drafts, and at some time after them its results.
+    """
+
+    def __init__(self, proposer: KnapSpecProposer, runner: Any) -> None:
+        """runner: vLLM's V1 runner, whose rows these are."""
+        self._proposer, self._runner = proposer, runner
+        self._number = 0
+        #: Of the step whose tokens were sampled last.
+        self._sampled: Sampled | None = None
+        #: Of the step scheduled last.
+        self._decided: Decision | None = None
+        self._result: tuple[int, float] | None = None
+        """Number of the step whose result came last, and when."""
+        self._doubted = 0
+
+    def decide(self, scheduler: Any, scheduler_output: Any) -> None:
+        """Before vLLM has moved its requests on: how many tokens the step's rows draft."""
+        if not scheduler_output.num_scheduled_tokens:
+            return  # no step: what was decided last is still to be verified
+        started = time.perf_counter()
+        self._number += 1
+        found = AsyncRound(self._number, self._decided)
+        setattr(scheduler_output, ROUND, found)
+        rows = []
+        for req_id, count in scheduler_output.num_scheduled_tokens.items():
+            request = scheduler.requests[req_id]
+            computed = request.num_computed_tokens + count
+            if computed >= request.num_tokens + request.num_output_placeholders:
+                rows.append((request, computed))
+        found.decides = self._decided = self._decision(rows, started) if rows else None
+        length = 0 if self._decided is None else self._decided.draft_length
+        scheduler_output.num_spec_tokens_to_schedule = length
+
+    def cap(self, scheduler: Any, scheduler_output: Any) -> None:
+        """After vLLM has given every row as many placeholders: fewer for those that want fewer."""
+        found: AsyncRound | None = getattr(scheduler_output, ROUND, None)
+        decision = None if found is None else found.decides
+        if decision is None:
+            return
+        for req_id, limit in decision.limits.items():
+            if limit < decision.draft_length:
+                scheduler.requests[req_id].spec_token_ids = [-1] * limit
+
+    def sampled(self, token_ids: torch.Tensor) -> None:
+        """The runner's step has been sampled: [B, up to 1 + draft length], still on the device."""
+        runner = self._runner
+        discarded = runner.discard_request_mask.gpu[: len(token_ids)]
+        self._sampled = Sampled(token_ids, discarded, runner.input_batch.vocab_size)
+
+    def publish(self) -> None:
+        """Give vLLM the step's newest tokens, which its own bookkeeping needs."""
+        assert self._sampled is not None
+        self._runner._copy_valid_sampled_token_count(self._sampled.newest, self._sampled.counts)
+
+    def propose(self, scheduler_output: Any, common_attn_metadata: Any) -> torch.Tensor:
+        """Drafts [B, draft length] int32 of the runner's rows."""
+        assert self._sampled is not None
+        req_ids = self._runner.input_batch.req_ids
+        return draft(
+            self._proposer,
+            scheduler_output,
+            self._sampled,
+            req_ids,
+            common_attn_metadata.seq_lens[: len(req_ids)],
+            common_attn_metadata.block_table_tensor,
+        )
+
+    def learn(self, scheduler: Any, scheduler_output: Any, output: Any) -> None:
+        """Before vLLM has taken a step's results in: acceptance, and what the round took."""
+        found: AsyncRound | None = getattr(scheduler_output, ROUND, None)
+        if found is None:
+            return
+        now = time.perf_counter()
+        before, self._result = self._result, (found.number, now)
+        gained = self._feedback(scheduler, scheduler_output, output, found)
+        if before is not None and before[0] == found.number - 1:
+            self._timed(scheduler_output, found, gained, (now - before[1]) * 1e6)
+
+    def _decision(self, rows: list[tuple[Any, int]], started: float) -> Decision:
+        """rows: requests, and up to where their step computes them at most."""
+        proposer = self._proposer
+        planning, stats = proposer.planning, proposer.stats
+        assert planning is not None
+        assert proposer.engine is not None
+        most, engine = proposer.num_speculative_tokens, proposer.engine
+        limits, opted_out = [], 0
+        for request, computed in rows:
+            asked = admitted_limit(getattr(request.sampling_params, "extra_args", None))
+            opted_out += asked == 0
+            bounds = {
+                "request": most if asked is None else asked,
+                "max_model_len": engine.max_model_len - 2 - computed,
+                "max_tokens": _most_remaining(request) - 1,
+            }
+            bound = min(bounds.values())
+            if bound < most:
+                stats.clipped_rows[min(bounds, key=bounds.__getitem__)] += 1
+            limits.append(max(0, min(bound, most)))
+        candidates = Candidates(
+            index=[],
+            req_ids=[request.request_id for request, _ in rows],
+            tokens=[],
+            positions=[request.num_tokens - 1 for request, _ in rows],
+            limits=limits,
+            opted_out=opted_out,
+        )
+        batch = Batch(len(rows), candidates.context_tokens, candidates.room)
+        solved_us = stats.phase_us["solve"]
+        choice = planning.choose(
+            batch,
+            max(limits),
+            lambda: self._references([request for request, _ in rows], candidates),
+            opted_out == len(rows),
+        )
+        solve_us = stats.phase_us["solve"] - solved_us
+        length = 0 if choice.plan is None else choice.draft_length
+        return Decision(
+            choice=choice,
+            batch=batch,
+            limits={
+                req_id: min(limit, length)
+                for req_id, limit in zip(candidates.req_ids, limits, strict=True)
+            },
+            longest=max(computed for _, computed in rows) + 1 + length,
+            solving=solve_us > 0 or planning.solving.under_way,
+            own_us=max(0.0, (time.perf_counter() - started) * 1e6 - solve_us),
+        )
+
+    def _references(self, requests: list[Any], candidates: Candidates) -> References | None:
+        """Of the rows that have been in a step, by the block tables they had there."""
+        proposer, batch = self._proposer, self._runner.input_batch
+        assert proposer.engine is not None
+        assert proposer.planning is not None
+        places = batch.req_id_to_index
+        known = [i for i, req_id in enumerate(candidates.req_ids) if req_id in places]
+        rows = Candidates(
+            index=[places[candidates.req_ids[i]] for i in known],
+            req_ids=[candidates.req_ids[i] for i in known],
+            tokens=[],
+            # The newest known token may have been sampled in a step that is still computed, and
+            # a block table reaches as far as the last step did.
+            positions=[candidates.positions[i] - 1 for i in known],
+            limits=[],
+        )
+        by_place = {places[candidates.req_ids[i]]: requests[i] for i in known}
+        config, table = proposer.config, batch.block_table[0].get_device_tensor(len(places))
+        return newest_references(
+            proposer.engine,
+            rows,
+            _Known(by_place),
+            table,
+            proposer.planning.reference_tokens,
+            config.reference_rows,
+            config.reference_tokens,
+        )
+
+    def _feedback(
+        self, scheduler: Any, scheduler_output: Any, output: Any, found: AsyncRound
+    ) -> int:
+        """Acceptance of what the step verified; returns how many tokens its rows got."""
+        proposer, last = self._proposer, found.verifies
+        assert proposer.planning is not None
+        scheduled = scheduler_output.scheduled_spec_decode_tokens
+        gained = 0
+        for req_id, place in output.req_id_to_index.items():
+            tokens = output.sampled_token_ids[place] if output.sampled_token_ids else []
+            gained += len(tokens)
+            count = len(scheduled.get(req_id, ()))
+            if not count:
+                continue
+            drafted = 0 if last is None else last.limits.get(req_id, 0)
+            if last is None or last.choice.plan is None or not drafted:
+                proposer.stats.placeholder_tokens += count
+                continue
+            request = scheduler.requests.get(req_id)
+            if request is None or not tokens:
+                continue
+            # A grammar cuts drafts by value, which says nothing of the plan.
+            free = not request.use_structured_output
+            accepted = min(len(tokens) - 1, count)
+            proposer.planning.feedback(last.choice.plan, accepted, count, request.num_tokens, free)
+        return gained
+
+    def _timed(self, scheduler_output: Any, found: AsyncRound, gained: int, time_us: float) -> None:
+        """What the last round's drafts and this step took, if both had the same rows alone."""
+        last, policy = found.verifies, self._proposer.planning.policy  # type: ignore[union-attr]
+        if last is None:
+            return
+        tokens, length = scheduler_output.num_scheduled_tokens, last.draft_length
+        if tokens.keys() != last.limits.keys():
+            return
+        if sum(tokens.values()) != sum(last.limits.values()) + len(tokens):
+            return
+        self._doubted, stop = interrupted(last.choice.round_us, time_us, self._doubted)
+        if stop:
+            return
+        stats, batch, choice = self._proposer.stats, last.batch, last.choice
+        solving = last.solving or (found.decides is not None and found.decides.solving)
+        unusual = solving or not last.settled
+        even = sum(last.limits.values()) == length * len(tokens)
+        step_us, draft_us = time_us, 0.0
+        if policy is not None and not unusual and even:
+            step_us, draft_us = policy.observe_round(batch, choice.plan, length, time_us)
+        stats.add_round(step_us, last.own_us, draft_us, 0.0)
+        if policy is not None and not unusual:
+            stats.add_prediction(
+                choice.predicted_speedup,
+                choice.round_us,
+                gained / len(tokens) * policy.plain_us(batch),
+                time_us,
+            )
+
+
+class _Known:
+    """Tokens of the runner's rows as the scheduler knows them: `known[row, start:stop]`."""
+
+    def __init__(self, requests: dict[int, Any]) -> None:
+        self._requests = requests
+
+    def __getitem__(self, where: tuple[int, slice]) -> np.ndarray:
+        row, part = where
+        return np.asarray(self._requests[row].all_token_ids[part], dtype=np.int64)
+
+
+def _most_remaining(request: Any) -> int:
+    """Upper bound of what the request may produce after the token that its step samples."""
+    limit = request.max_tokens
+    under_way = 1 if request.num_output_placeholders > 0 else 0
+    return int(limit) - int(request.num_output_tokens) - under_way - 1

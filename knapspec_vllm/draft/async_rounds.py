@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounds under asynchronous scheduling: drafted without the host ever waiting for the device.
+
+vLLM schedules a step while the one before it is computed. So what a round drafts is decided when
+its step is scheduled (`async_planning`) and goes along with the step's output; here, when the
+step's tokens have been sampled and nobody on the host knows them, drafts are queued from tensors
+alone. Every row drafts as many tokens as vLLM has scheduled placeholders for; those of rows that
+drafted fewer hold token 0, and verification drops them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from knapspec_vllm import ops
+from knapspec_vllm.draft.rows import DraftRows
+from knapspec_vllm.planner.types import Batch, Choice
+
+if TYPE_CHECKING:
+    from knapspec_vllm.draft.proposer import KnapSpecProposer
+
+#: Of SchedulerOutput: the step's `AsyncRound`.
+ROUND = "knapspec_round"
+
+
+@dataclass
+class Decision:
+    """What the rows of a step draft once their tokens are sampled."""
+
+    choice: Choice
+    batch: Batch
+    #: Decoding requests -> tokens that each may draft, at most the choice's draft length.
+    limits: dict[str, int]
+    #: Upper bound of any row's length after it.
+    longest: int
+    #: A solve was started with it, or is not over yet.
+    solving: bool
+    #: Host time it took, microseconds, without solving.
+    own_us: float
+    #: Its drafts ran as later ones of their kind will; known once they are queued.
+    settled: bool = True
+
+    @property
+    def draft_length(self) -> int:
+        return 0 if self.choice.plan is None else self.choice.draft_length
+
+
+@dataclass
+class AsyncRound:
+    """A scheduled step: what it verifies was decided with the step before it."""
+
+    number: int
+    verifies: Decision | None
+    decides: Decision | None = None
+
+
+class Sampled:
+    """The newest tokens of a step, on the device."""
+
+    def __init__(
+        self,
+        # [B, up to 1 + draft length], -1 behind a row's last valid token
+        token_ids: torch.Tensor,
+        # [B] bool: rows whose token is not wanted, in the middle of a prompt
+        discarded: torch.Tensor,
+        vocabulary: int,
+    ) -> None:
+        valid = (token_ids >= 0) & (token_ids < vocabulary) & ~discarded[:, None]
+        #: [B] int32: tokens a row got.
+        self.counts = valid.sum(dim=1, dtype=torch.int32)
+        last = (self.counts - 1).clamp_min(0).long()
+        newest = token_ids.gather(1, last[:, None])[:, 0]
+        #: [B], the dtype of token_ids: 0 where a row got none.
+        self.newest = torch.where(self.counts > 0, newest, 0)
+
+
+def draft(
+    proposer: KnapSpecProposer,
+    scheduler_output: Any,
+    sampled: Sampled,
+    req_ids: list[str],
+    # [B] int32: lengths that the step computed, its scheduled drafts included
+    lengths: torch.Tensor,
+    # [B, num_blocks] int32
+    block_table: torch.Tensor,
+) -> torch.Tensor:
+    """Drafts [B, draft length] int32 of the runner's rows, in its order."""
+    found: AsyncRound | None = getattr(scheduler_output, ROUND, None)
+    decision = None if found is None else found.decides
+    length = 0 if decision is None else decision.draft_length
+    drafts = torch.zeros(len(req_ids), length, dtype=torch.int32, device=lengths.device)
+    if decision is None or not length:
+        return drafts
+    index = [i for i, req_id in enumerate(req_ids) if decision.limits.get(req_id)]
+    if not index:
+        return drafts
+    scheduled = scheduler_output.scheduled_spec_decode_tokens
+    verified = [len(scheduled.get(req_ids[i], ())) for i in index]
+    where = ops.to_device(index, torch.int64, lengths.device)
+    rejected = ops.to_device(verified, torch.int64, lengths.device) + 1
+    rejected -= sampled.counts.index_select(0, where)
+    # The newest token lies behind what was kept of the step.
+    positions = lengths.index_select(0, where).long() - rejected
+    limits = [decision.limits[req_ids[i]] for i in index]
+    rows = DraftRows(
+        index=index,
+        req_ids=[req_ids[i] for i in index],
+        tokens=sampled.newest.index_select(0, where).long(),
+        positions=positions,
+        host_positions=[decision.longest - length] * len(index),
+        limits=limits,
+        block_table=block_table.index_select(0, where),
+    )
+    assert decision.choice.plan is not None
+    state = proposer.drafter.run(decision.choice.plan, length, rows)
+    drafts.index_copy_(0, where, state.drafts[: len(index), :length].clamp_min(0).int())
+    decision.settled = proposer.drafter.settled
+    proposer.stats.drafting_rounds += 1
+    proposer.stats.draft_tokens += sum(limits)
+    return drafts

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--async-scheduling`: vLLM schedules a step ahead, and drafts start from tokens nobody has seen.
+
+vLLM does without it on a CPU. Here its scheduler and runner are made to do it all the same: steps
+are then queued as on a GPU, and computed at once. Greedy tokens are those of plain vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import LENGTHS, assert_same_tokens, engine, greedy, metric, proposer_of, text_prompts
+from features import assert_same_answers, run_features
+
+from knapspec_vllm import refusals
+from knapspec_vllm.bench.checkpoints import random_checkpoint
+
+pytestmark = pytest.mark.slow
+
+ENGINE = {"skip_tokenizer_init": True, "max_model_len": 256, "max_num_seqs": 3}
+PROMPTS = [[5 + i % 50 for i in range(70)], [9 + i % 31 for i in range(23)], [7, 8, 9, 10]]
+FORCED = {"plan": "skip mlp:1; window attn:1", "window_tokens": 16, "sink_tokens": 16}
+
+
+@pytest.fixture(autouse=True)
+def on_this_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if torch.cuda.is_available():
+        yield
+        return
+    monkeypatch.setattr(refusals, "ASYNC_DEVICES", ("cpu",))
+    stream = _Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: stream)
+    yield
+
+
+class _Stream:
+    def wait_stream(self, other: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+def asynchronous(settings: dict[str, Any], **options: Any) -> Any:
+    model = random_checkpoint("LlamaForCausalLM")
+    return engine(model, settings, async_scheduling=True, **{**ENGINE, **options})
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    with engine(random_checkpoint("LlamaForCausalLM"), **ENGINE) as llm:
+        return greedy(llm, PROMPTS, 14)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("length", [0, 1, 3])
+def test_same_tokens_as_plain_vllm(expected: list[list[int]], length: int) -> None:
+    with asynchronous({**FORCED, "draft_length": length}) as llm:
+        assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+        found = greedy(llm, PROMPTS, 14)
+        stats = proposer_of(llm).stats
+    assert_same_tokens(expected, found)
+    assert (stats.draft_tokens > 0) == (length > 0)
+
+
+#: Accepted often and rejected often.
+MIXED = {"plan": "skip attn:4,11,20 mlp:7,8,15; window attn:9,22", "draft_length": 4}
+MAX_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2_path: Path) -> list[list[int]]:
+    return text_prompts(smollm2_path, tuple(n for n in LENGTHS if n <= 400))
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2_path: Path, prompts: list[list[int]]) -> list[list[int]]:
+    with engine(smollm2_path) as llm:
+        return greedy(llm, prompts, MAX_TOKENS)
+
+
+def check_counts(llm: Any) -> None:
+    """Every draft is counted as vLLM counts it, but for those of requests that ended meanwhile."""
+    stats = proposer_of(llm).stats
+    drafted = metric(llm, "spec_decode_num_draft_tokens")
+    accepted = metric(llm, "spec_decode_num_accepted_tokens")
+    assert 0 < accepted < drafted
+    assert drafted <= stats.draft_tokens + stats.placeholder_tokens
+    assert 0 <= accepted - stats.accepted_tokens <= stats.placeholder_tokens
+    assert sum(stats.drafted_by_position) <= drafted
+
+
+@pytest.mark.parity
+def test_batches_chunks_and_the_prefix_cache(smollm2_path, prompts, reference) -> None:
+    """A budget of 96 tokens mixes chunks of prompts with drafting rows."""
+    options = {"max_num_batched_tokens": 96, "enable_prefix_caching": True}
+    with engine(smollm2_path, MIXED, async_scheduling=True, **options) as llm:
+        assert_same_tokens(reference, greedy(llm, prompts, MAX_TOKENS))
+        assert_same_tokens(reference[:9], greedy(llm, prompts[:9], MAX_TOKENS, 3))
+        assert_same_tokens(reference[-3:], greedy(llm, prompts[-3:], MAX_TOKENS, 1))
+        check_counts(llm)
+        assert metric(llm, "prefix_cache_hits") > 500
+
+
+def test_the_planner_decides(smollm2_path, prompts, reference, tmp_path) -> None:
+    """Draft lengths and plans change from step to step, and solves run between them."""
+    settings = {"always_draft": True, "store_dir": str(tmp_path), "calibration_seconds": 3.0}
+    with engine(smollm2_path, settings, async_scheduling=True) as llm:
+        proposer = proposer_of(llm)
+        for batch in (8, 3, 1):
+            proposer.planning.request_solve()
+            assert_same_tokens(reference, greedy(llm, prompts, MAX_TOKENS, batch))
+        check_counts(llm)
+        stats = proposer.snapshot()["stats"]
+    assert stats["solves"] >= 3
+    assert stats["plan_changes"] > 3
+    # Rounds were timed, and held against what was predicted of them.
+    assert stats["measured_rounds"] > 20
+    assert stats["phase_us"]["step"] > stats["phase_us"]["draft"] > 0
+    assert 0.2 < stats["realised_round_us"] / stats["predicted_round_us"] < 5
+
+
+@pytest.mark.parity
+def test_preemption(smollm2_path, prompts, reference) -> None:
+    few = [i for i, ids in enumerate(prompts) if 100 <= len(ids) <= 257]
+    options = {"num_gpu_blocks_override": 12, "max_model_len": 1024, "block_size": 128}
+    with engine(smollm2_path, MIXED, async_scheduling=True, **options) as llm:
+        got = greedy(llm, [prompts[i] for i in few], MAX_TOKENS)
+        assert_same_tokens([reference[i] for i in few], got)
+        assert metric(llm, "num_preemptions") > 0
+
+
+def test_rows_reach_max_model_len(smollm2_path, prompts) -> None:
+    few = [ids for ids in prompts if 40 <= len(ids) <= 128]
+    with engine(smollm2_path, max_model_len=144) as llm:
+        expected = greedy(llm, few, 60)
+    with engine(smollm2_path, MIXED, async_scheduling=True, max_model_len=144) as llm:
+        assert_same_tokens(expected, greedy(llm, few, 60))
+        assert proposer_of(llm).stats.clipped_rows["max_model_len"] > 0
+
+
+@pytest.mark.parity
+def test_features_of_requests(smollm2_path) -> None:
+    """Grammars, penalties, stop strings and log-probabilities."""
+    options = {"max_model_len": 512, "max_num_seqs": 8}
+    with engine(smollm2_path, **options) as llm:
+        expected = run_features(llm, smollm2_path)
+    settings = {"plan": "skip attn:6,7 mlp:9,17", "draft_length": 4}
+    with engine(smollm2_path, settings, async_scheduling=True, **options) as llm:
+        assert_same_answers(expected, run_features(llm, smollm2_path))
+        assert proposer_of(llm).stats.accepted_tokens > 0
+
+
+def test_draft_lengths_of_requests(expected: list[list[int]]) -> None:
+    """One row wants no drafts, one at most one token, and the others' are as long as ever."""
+    from vllm import SamplingParams
+
+    wanted = (0, 1, None)
+    with asynchronous({**FORCED, "draft_length": 3}) as llm:
+        params = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=14,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args=None if n is None else {"knapspec_draft_length": n},
+            )
+            for n in wanted
+        ]
+        requests = [{"prompt_token_ids": ids} for ids in PROMPTS]
+        outputs = llm.generate(requests, params, use_tqdm=False)
+        drafted = metric(llm, "spec_decode_num_draft_tokens")
+        drafts = metric(llm, "spec_decode_num_drafts")
+        stats = proposer_of(llm).stats
+    assert_same_tokens(expected, [list(output.outputs[0].token_ids) for output in outputs])
+    assert stats.drafted_by_position[0] > stats.drafted_by_position[1] > 0
+    assert 1 < drafted / drafts < 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "words"),
+    [
+        ({"debug_invariants": True}, {}, "needs debug_invariants and confidence_threshold unset"),
+        ({"confidence_threshold": 0.5}, {}, "needs debug_invariants and confidence_threshold"),
+        ({}, {"tensor_parallel_size": 2}, "needs one rank, in the engine's own process,"),
+    ],
+)
+def test_what_cannot_be(settings: dict, options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words), asynchronous(settings, **options):
+        pass
