@@ -211,42 +211,50 @@ def visible_bound(
     )
 
 
-def split_count(programs: int, tokens: int, per_sm: int, device: torch.device) -> int:
+def split_count(
+    programs: int, tokens: int, tile: int, piece: int, per_sm: int, device: torch.device
+) -> int:
     """Into how many splits each row's keys go; from host data only.
 
-    programs: of the grid without splits; tokens: upper bound of the keys a program would read;
-    per_sm: programs that one multiprocessor runs at a time.
+    programs: of the grid without splits; tokens: upper bound of the keys a program would read, in
+    tiles of `tile`; piece: fewest keys that are worth a partial result; per_sm: programs that one
+    multiprocessor runs at a time.
     """
-    # A partial result of a GQA group of 4 heads is as large as 4 tokens of K and V: 128 tokens keep
-    # what the second stage moves below a few percent. 128 splits is what it merges quickly.
-    most = max(1, min(-(-tokens // 128), 128))
+    # 128 splits is what the second stage merges quickly.
+    most = max(1, min(-(-tokens // piece), 128))
     # One row far longer than the rest must not be left to one program for long: reading 16k tokens
     # takes by estimate 0.2 ms (D = 128, bf16, 32 KiB in flight).
-    least = max(1, min(most, -(-tokens // 16384)))
-    return _evenly(max(programs, 1), least, most, per_sm * _multiprocessors(device))
-
-
-#: Waves of programs beyond which a last one that is not full no longer matters.
-_WAVES = 4
-#: Of the best share of busy places, what fewer splits must reach to be preferred.
-_NEARLY = 0.95
+    least = max(1, min(most, -(-tokens // (128 * piece))))
+    tiles = -(-tokens // tile)
+    return _evenly(max(programs, 1), tiles, least, most, per_sm * _multiprocessors(device))
 
 
 @functools.lru_cache(4096)
-def _evenly(programs: int, least: int, most: int, places: int) -> int:
-    """The fewest splits with which the last wave of programs is nearly as full as it can be.
+def _evenly(programs: int, tiles: int, least: int, most: int, places: int) -> int:
+    """The fewest splits whose waves of programs take nearly as few tiles' time as can be.
 
-    512 programs over 396 places leave a third of two waves' time unused. On an H200 and at those
-    396 places, 8 rows x 8 KV heads of 8k tokens read 2.7 TB/s in eight splits and 3.2 in six, 32
-    rows 3.3 in two splits and 4.0 in three.
+    Neither a last wave nor a last tile should be left half empty: on an H200 and with 396 places, 8
+    rows x 8 KV heads of 8k tokens read 2.7 TB/s in eight splits (two waves, of 512 programs) and
+    3.2 in six, 32 rows 3.3 in two splits and 4.0 in three.
     """
-    enough = max(least, min(most, -(-_WAVES * places // programs)))
-    shares = {}
-    for splits in range(least, enough + 1):
-        waves = -(-programs * splits // places)
-        shares[splits] = programs * splits / (waves * places)
-    best = max(shares.values())
-    return next(splits for splits, share in shares.items() if share >= _NEARLY * best)
+    times = {
+        splits: -(-programs * splits // places) * -(-tiles // splits)
+        for splits in range(least, most + 1)
+    }
+    enough = _NEARLY * min(times.values())
+    return next(splits for splits, time in times.items() if time <= enough)
+
+
+#: Of the shortest time, what fewer splits may take.
+_NEARLY = 1.05
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may have; an H100's where there is no GPU."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @functools.cache

@@ -38,6 +38,7 @@ from knapspec_vllm.kernels.attention_parts import (
     online_softmax,
     product_type,
     reduce_splits,
+    shared_bytes,
     soft_capped,
     split_count,
     strides_of,
@@ -45,6 +46,8 @@ from knapspec_vllm.kernels.attention_parts import (
     visible_bound,
 )
 from knapspec_vllm.kernels.paged_kv import PagedKV
+
+PARTIAL_BYTES = 32 << 20  # at most: they are read back from the L2 cache, 50 MB on an H100
 
 
 @triton.jit
@@ -77,7 +80,9 @@ def _attend(
     return maximum, total, accumulated
 
 
-@triton.jit(do_not_specialize=["branches", "refs", "sinks", "window", "sliding_window"])
+@triton.jit(
+    do_not_specialize=["branches", "refs", "sinks", "window", "sliding_window", "table_stride"]
+)
 def _branch_attention_kernel(
     # [N * T, Hq * D], contiguous; not written if IS_SPLIT
     out_ptr,
@@ -238,8 +243,7 @@ def branch_attention(
 ) -> torch.Tensor:
     """Attention of branches; see the twin in reference/ for what each argument means.
 
-    max_prefix is only used to choose the number of splits. Returns [N, T, Hq, D] in the dtype of
-    `query`.
+    max_prefix only chooses the number of splits. Returns [N, T, Hq, D], the dtype of `query`.
     """
     branches, tokens, query_heads, dim = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -252,22 +256,24 @@ def branch_attention(
     flat = [tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in flat]
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
 
-    # Largest tiles whose sums and scores stay in registers when compiled for sm_90. At D = 64 two
-    # programs of 4 warps fit in an SM: one's softmax overlaps the other's products. float32
-    # products run outside the tensor cores, with their operands in registers too.
+    # Largest tiles whose sums and scores stay in registers on sm_90. At D = 64 two programs of 4
+    # warps fit in an SM: one's softmax overlaps the other's products.
     half = query.itemsize == 2
     block_d = max(16, triton.next_power_of_2(dim))
     block_m = triton.next_power_of_2(branches * refs * group)
     block_m = max(16, min(block_m, 128 if half else 32))
     block_n = max(16, min(64, 8192 // block_d)) if half else 16
+    if half and shared_bytes(query.device) < 160 * 1024:  # 99 KiB on an RTX 4090, L4 or A10
+        block_n = max(16, block_n // 2)
+        block_m = min(block_m, 64) if block_d > 128 else block_m
     num_warps = 8 if block_m * block_d >= 128 * 128 or not half else 4
     tiles = triton.cdiv(branches * refs * group, block_m)
 
     longest = visible_bound(max_prefix, kv.block_size, sinks, window, sliding_window)
-    # A tile keeps an SM busy alone, and its partial results are as large as hundreds of keys: its
-    # pieces are longer than the decode kernel's.
+    # A tile's partial results are as large as hundreds of keys.
     per_sm = 1 if num_warps == 8 else 2
-    splits = split_count(tiles * rows * heads, longest // 4, per_sm, query.device)
+    piece = max(1024, -(-longest * 4 * out.numel() // PARTIAL_BYTES))
+    splits = split_count(tiles * rows * heads, longest, block_n, piece, per_sm, query.device)
     partial = maximum = total = out
     if splits > 1:
         shape = (branches * tokens, query_heads, splits)

@@ -29,7 +29,10 @@ from knapspec_vllm.kernels.draft_state import DraftState
 
 
 # These two come from wherever the last forward left them.
-@triton.jit(do_not_specialize_on_alignment=["token_ids_ptr", "confidence_ptr"])
+@triton.jit(
+    do_not_specialize=["draft_length", "table_width", "table_stride"],
+    do_not_specialize_on_alignment=["token_ids_ptr", "confidence_ptr"],
+)
 def _draft_advance_kernel(
     # [B] int64
     tokens_ptr,

@@ -102,6 +102,11 @@ READ_SEAMS = (
         ("common_prefix_len", "common_attn_metadata", "fast_build"),
     ),
     Seam("vllm.v1.worker.block_table:BlockTable"),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._copy_valid_sampled_token_count",
+        ("next_token_ids", "valid_sampled_tokens_count"),
+    ),
+    Seam("vllm.v1.core.sched.output:SchedulerOutput", ("num_spec_tokens_to_schedule",)),
 )
 
 

@@ -91,12 +91,15 @@ def _above_one(path: str, sentence: str) -> Rule:
 
 def _asynchronous(vllm_config: Any, settings: KnapSpecConfig) -> str | None:
     needed = None
+    own = {"debug_invariants": False, "confidence_threshold": 0, "strategy": "knapspec"}
     if _get(vllm_config, "device_config.device_type") not in ASYNC_DEVICES:
         needed = "a GPU"
     elif _get(vllm_config, "parallel_config.distributed_executor_backend") not in (None, "uni"):
-        needed = "one rank, in the engine's own process,"
-    elif settings.debug_invariants or settings.confidence_threshold > 0:
-        needed = "debug_invariants and confidence_threshold unset"
+        needed = "one rank, in the engine's own process (no data parallel either),"
+    elif _get(vllm_config, "scheduler_config.scheduler_cls") is not None:
+        needed = "vLLM's own scheduler (--scheduler-cls unset)"
+    elif any(getattr(settings, name) != value for name, value in own.items()):
+        needed = f"{', '.join(own)} unset"
     if needed is None or _get(vllm_config, "scheduler_config.async_scheduling") is not True:
         return None
     return f"--async-scheduling needs {needed} with it; or write --no-async-scheduling."
@@ -264,8 +267,7 @@ AFTER: tuple[Rule, ...] = (
     ),
     _flag(
         "model_config.is_hybrid",
-        "hybrid (Mamba or linear-attention) models are not supported: a draft would overwrite "
-        "their state.",
+        "hybrid (Mamba, linear attention) models are not supported: drafts overwrite their state.",
     ),
     _flag(
         "model_config.has_inner_state",

@@ -92,25 +92,31 @@ def warm_up(engine: Engine, drafter: Drafter, max_rows: int) -> None:
 
 @torch.inference_mode()
 def warm_up_solver(
-    engine: Engine, geometry: WindowGeometry, settings: SolverSettings, number: int
+    engine: Engine, geometry: WindowGeometry, settings: SolverSettings, number: int, most_rows: int
 ) -> None:
-    """One solve over a short context and one over a long one; number: of reference tokens.
+    """Solves of one row and of `most_rows`, over short contexts and long ones, with windows and
+    without; number: of reference tokens.
 
     Triton compiles a kernel when it is first launched: without this the first solve of a server
     held its requests for 12 s (H200, 8B).
     """
-    for cell in list(_cells(engine, 1, 1)):
+    cells = list(_cells(engine, 1, most_rows))
+    most_rows = max(cell.rows for cell in cells)
+    for cell in (cell for cell in cells if cell.rows in (1, most_rows)):
         rows = _fake_rows(engine, cell, 1)
-        count = min(number, cell.context - 1)
+        count = min(number // cell.rows, cell.context - 1)
         references = References(
-            tokens=rows.tokens.repeat(count),
+            tokens=rows.tokens.repeat_interleave(count),
             starts=rows.positions + 1 - count,
             block_table=rows.block_table,
             max_start=cell.context - count,
         )
-        start_solve(
-            VllmBranches(engine, geometry, references), ItemWeights(1.0, 1.0, 1.0), settings
-        ).result()
+        for window_us in (1.0, 0.5):
+            start_solve(
+                VllmBranches(engine, geometry, references),
+                ItemWeights(1.0, window_us, 1.0),
+                settings,
+            ).result()
 
 
 @torch.inference_mode()

@@ -99,26 +99,30 @@ def _prepared_solver(proposer: KnapSpecProposer) -> SolveGraphs | None:
         return None
     start = time.perf_counter()
     settings, graphs = SolverSettings.of(config), None
-    number = config.reference_tokens * config.reference_rows
+    number, most_rows = config.reference_tokens * config.reference_rows, config.reference_rows
     try:
-        warm_up_solver(engine, proposer.geometry, settings, number)
+        warm_up_solver(engine, proposer.geometry, settings, number, most_rows)
         if proposer.drafter.graphs is not None:
-            capture = CudaCapture(engine.device)
-            graphs = SolveGraphs(engine, proposer.geometry, settings, capture)
+            graphs = SolveGraphs(engine, proposer.geometry, settings, CudaCapture(engine.device))
             graphs.prepare(
                 [
                     Shape(rows, number // rows, windows)
-                    for rows in {1, config.reference_rows}
+                    for rows in {1, most_rows}
                     for windows in {False, config.windows}
                 ]
             )
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
         if not proposer.agreement.alone:  # the other ranks wait in a collective of the solve
             raise
         logger.warning(
-            "KnapSpec has no memory to spare for solving: lower gpu_memory_utilization, "
-            "live_branches or reference_tokens"
+            "KnapSpec could not prepare its solver (%s) and runs it launch by launch; where memory "
+            "is short, lower gpu_memory_utilization, live_branches or reference_tokens",
+            error,
+            exc_info=error,
         )
+        graphs = None
+    if graphs is None and engine.device.type == "cuda":
+        torch.cuda.empty_cache()  # of captures that failed
     logger.info(
         "KnapSpec warmed its solver up in %.1f s, %d shapes of it captured",
         time.perf_counter() - start, len(graphs or ()),

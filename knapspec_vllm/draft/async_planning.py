@@ -3,9 +3,8 @@
 
 The host knows each request up to the step before the last. A decision is about batches and not
 about tokens, so it loses little: contexts are a few tokens short, and rows are taken to have room
-that they may have used up. What a round took is the time from one step's result to the next: the
-device computed one round's drafts and the step that verified them in it, so both are learned as
-one.
+that they may have used up. What rounds take is read off the device's own clock, where the host is
+behind: a step from the drafts before it to its sampled tokens, drafts from there on.
 """
 
 from __future__ import annotations
@@ -16,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from knapspec_vllm.draft.async_rounds import ROUND, AsyncRound, Decision, Sampled, draft
+from knapspec_vllm.draft.async_rounds import (
+    ROUND,
+    AsyncRound,
+    Decision,
+    Sampled,
+    between_us,
+    draft,
+    mark,
+)
 from knapspec_vllm.draft.references import References, newest_references
 from knapspec_vllm.draft.round_clock import interrupted
 from knapspec_vllm.draft.rows import Candidates
@@ -42,8 +49,8 @@ class AsyncPlanning:
         self._sampled: Sampled | None = None
         #: Of the step scheduled last.
         self._decided: Decision | None = None
-        self._result: tuple[int, float] | None = None
-        """Number of the step whose result came last, and when."""
+        #: Whose result came last.
+        self._last: AsyncRound | None = None
         self._doubted = 0
 
     def decide(self, scheduler: Any, scheduler_output: Any) -> None:
@@ -74,11 +81,14 @@ class AsyncPlanning:
             if limit < decision.draft_length:
                 scheduler.requests[req_id].spec_token_ids = [-1] * limit
 
-    def sampled(self, token_ids: torch.Tensor) -> None:
+    def sampled(self, token_ids: torch.Tensor, scheduler_output: Any) -> None:
         """The runner's step has been sampled: [B, up to 1 + draft length], still on the device."""
         runner = self._runner
         discarded = runner.discard_request_mask.gpu[: len(token_ids)]
         self._sampled = Sampled(token_ids, discarded, runner.input_batch.vocab_size)
+        found: AsyncRound | None = getattr(scheduler_output, ROUND, None)
+        if found is not None:
+            found.sampled = mark(token_ids.device)
 
     def publish(self) -> None:
         """Give vLLM the step's newest tokens, which its own bookkeeping needs."""
@@ -86,10 +96,10 @@ class AsyncPlanning:
         self._runner._copy_valid_sampled_token_count(self._sampled.newest, self._sampled.counts)
 
     def propose(self, scheduler_output: Any, common_attn_metadata: Any) -> torch.Tensor:
-        """Drafts [B, draft length] int32 of the runner's rows."""
+        """Drafts [B, num_speculative_tokens] int32 of the runner's rows."""
         assert self._sampled is not None
         req_ids = self._runner.input_batch.req_ids
-        return draft(
+        drafts = draft(
             self._proposer,
             scheduler_output,
             self._sampled,
@@ -97,17 +107,24 @@ class AsyncPlanning:
             common_attn_metadata.seq_lens[: len(req_ids)],
             common_attn_metadata.block_table_tensor,
         )
+        found: AsyncRound | None = getattr(scheduler_output, ROUND, None)
+        if found is not None:
+            found.drafted = mark(drafts.device)
+        return drafts
 
     def learn(self, scheduler: Any, scheduler_output: Any, output: Any) -> None:
         """Before vLLM has taken a step's results in: acceptance, and what the round took."""
         found: AsyncRound | None = getattr(scheduler_output, ROUND, None)
         if found is None:
             return
-        now = time.perf_counter()
-        before, self._result = self._result, (found.number, now)
+        before, self._last = self._last, found
         gained = self._feedback(scheduler, scheduler_output, output, found)
-        if before is not None and before[0] == found.number - 1:
-            self._timed(scheduler_output, found, gained, (now - before[1]) * 1e6)
+        if found.sampled is None or found.drafted is None:
+            return  # no row was sampled
+        self._learn_drafts(found, between_us(found.sampled, found.drafted))
+        if before is None or before.number != found.number - 1 or before.drafted is None:
+            return
+        self._learn_step(scheduler_output, found, gained, between_us(before.drafted, found.sampled))
 
     def _decision(self, rows: list[tuple[Any, int]], started: float) -> Decision:
         """rows: requests, and up to where their step computes them at most."""
@@ -214,34 +231,44 @@ class AsyncPlanning:
             proposer.planning.feedback(last.choice.plan, accepted, count, request.num_tokens, free)
         return gained
 
-    def _timed(self, scheduler_output: Any, found: AsyncRound, gained: int, time_us: float) -> None:
-        """What the last round's drafts and this step took, if both had the same rows alone."""
+    def _learn_drafts(self, found: AsyncRound, time_us: float) -> None:
+        decision, policy = found.decides, self._proposer.planning.policy  # type: ignore[union-attr]
+        if decision is None:
+            return
+        decision.draft_us = time_us if decision.draft_length else 0.0
+        plan, usual = decision.choice.plan, decision.settled and not decision.solving
+        if policy is not None and plan is not None and decision.draft_length and usual:
+            policy.observe_draft(decision.batch, plan, decision.draft_length, time_us)
+
+    def _learn_step(
+        self, scheduler_output: Any, found: AsyncRound, gained: int, time_us: float
+    ) -> None:
+        """What the step took, if it had the rows of the last decision and no others."""
         last, policy = found.verifies, self._proposer.planning.policy  # type: ignore[union-attr]
-        if last is None:
+        tokens = scheduler_output.num_scheduled_tokens
+        if last is None or tokens.keys() != last.limits.keys():
             return
-        tokens, length = scheduler_output.num_scheduled_tokens, last.draft_length
-        if tokens.keys() != last.limits.keys():
+        drafted = sum(last.limits.values())
+        if sum(tokens.values()) != drafted + len(tokens):
             return
-        if sum(tokens.values()) != sum(last.limits.values()) + len(tokens):
-            return
-        self._doubted, stop = interrupted(last.choice.round_us, time_us, self._doubted)
+        round_us = last.draft_us + time_us
+        self._doubted, stop = interrupted(last.choice.round_us, round_us, self._doubted)
         if stop:
             return
         stats, batch, choice = self._proposer.stats, last.batch, last.choice
+        stats.add_round(time_us, last.own_us, last.draft_us, 0.0)
+        # A solve that this step's decision started runs before the step does.
         solving = last.solving or (found.decides is not None and found.decides.solving)
-        unusual = solving or not last.settled
-        even = sum(last.limits.values()) == length * len(tokens)
-        step_us, draft_us = time_us, 0.0
-        if policy is not None and not unusual and even:
-            step_us, draft_us = policy.observe_round(batch, choice.plan, length, time_us)
-        stats.add_round(step_us, last.own_us, draft_us, 0.0)
-        if policy is not None and not unusual:
-            stats.add_prediction(
-                choice.predicted_speedup,
-                choice.round_us,
-                gained / len(tokens) * policy.plain_us(batch),
-                time_us,
-            )
+        if policy is None or solving or not last.settled:
+            return
+        if drafted == last.draft_length * len(tokens):
+            policy.observe_step(batch, 1 + last.draft_length, time_us)
+        stats.add_prediction(
+            choice.predicted_speedup,
+            choice.round_us,
+            gained / len(tokens) * policy.plain_us(batch),
+            round_us,
+        )
 
 
 class _Known:

@@ -10,8 +10,9 @@ drafted fewer hold token 0, and verification drops them.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 #: Of SchedulerOutput: the step's `AsyncRound`.
 ROUND = "knapspec_round"
+
+Mark: TypeAlias = "torch.Event | float"
+"""A moment: of the device's stream, or on a CPU of its clock, in seconds."""
 
 
 @dataclass
@@ -42,6 +46,8 @@ class Decision:
     own_us: float
     #: Its drafts ran as later ones of their kind will; known once they are queued.
     settled: bool = True
+    #: What its drafts took, microseconds; known with the result of its step.
+    draft_us: float = 0.0
 
     @property
     def draft_length(self) -> int:
@@ -55,6 +61,27 @@ class AsyncRound:
     number: int
     verifies: Decision | None
     decides: Decision | None = None
+    #: When its tokens were sampled, and when its rows had drafted.
+    sampled: Mark | None = None
+    drafted: Mark | None = None
+
+
+def mark(device: torch.device) -> Mark:
+    """Now, as far as what has been queued is concerned."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.Event(device.type, enable_timing=True)
+    event.record()
+    return event
+
+
+def between_us(start: Mark, end: Mark) -> float:
+    """Microseconds between two moments that have passed."""
+    if isinstance(start, float) or isinstance(end, float):
+        assert isinstance(start, float)
+        assert isinstance(end, float)
+        return (end - start) * 1e6
+    return float(start.elapsed_time(end)) * 1e3
 
 
 class Sampled:
@@ -87,11 +114,16 @@ def draft(
     # [B, num_blocks] int32
     block_table: torch.Tensor,
 ) -> torch.Tensor:
-    """Drafts [B, draft length] int32 of the runner's rows, in its order."""
+    """Drafts [B, num_speculative_tokens] int32 of the runner's rows, in its order.
+
+    As wide as vLLM's own buffers, whatever is scheduled of it: a narrower copy to the host would
+    not be contiguous there and waits for the device, and stale placeholders still find a token.
+    """
     found: AsyncRound | None = getattr(scheduler_output, ROUND, None)
     decision = None if found is None else found.decides
     length = 0 if decision is None else decision.draft_length
-    drafts = torch.zeros(len(req_ids), length, dtype=torch.int32, device=lengths.device)
+    shape = len(req_ids), proposer.num_speculative_tokens
+    drafts = torch.zeros(shape, dtype=torch.int32, device=lengths.device)
     if decision is None or not length:
         return drafts
     index = [i for i, req_id in enumerate(req_ids) if decision.limits.get(req_id)]
@@ -116,7 +148,7 @@ def draft(
     )
     assert decision.choice.plan is not None
     state = proposer.drafter.run(decision.choice.plan, length, rows)
-    drafts.index_copy_(0, where, state.drafts[: len(index), :length].clamp_min(0).int())
+    drafts[:, :length].index_copy_(0, where, state.drafts[: len(index), :length].clamp_min(0).int())
     decision.settled = proposer.drafter.settled
     proposer.stats.drafting_rounds += 1
     proposer.stats.draft_tokens += sum(limits)

@@ -61,10 +61,12 @@ class StepMetadata:
         max_length: host-side upper bound of `lengths`.
         """
         rows = len(lengths)
-        starts_cpu = torch.arange(rows + 1, dtype=torch.int32) * tokens_per_row
         device = self._engine.device
+        starts_cpu = torch.arange(rows + 1, dtype=torch.int32) * tokens_per_row
         values = dict(
-            query_start_loc=starts_cpu.to(device),
+            # Made there: a copy from pageable memory would wait for the device.
+            query_start_loc=torch.arange(rows + 1, dtype=torch.int32, device=device)
+            * tokens_per_row,
             query_start_loc_cpu=starts_cpu,
             seq_lens=lengths.int(),
             num_reqs=rows,

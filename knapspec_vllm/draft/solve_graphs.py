@@ -10,7 +10,6 @@ shape, captured before the server takes requests; other shapes are solved launch
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,8 +28,6 @@ from knapspec_vllm.planner.solver import (
     SolverSettings,
     run_solver,
 )
-
-logger = logging.getLogger("vllm.knapspec")
 
 
 @dataclass(frozen=True)
@@ -69,31 +66,21 @@ class SolveGraphs:
 
     @torch.inference_mode()
     def prepare(self, shapes: list[Shape]) -> None:
-        """Captures solves of these shapes; where one cannot be, none is, and a warning says why.
+        """Captures solves of these shapes, the largest first: the others' memory is then there.
 
-        Raises torch.OutOfMemoryError.
+        Raises RuntimeError, torch.OutOfMemoryError among them.
         """
-        try:
-            for shape in shapes:
+        for shape in sorted(shapes, key=lambda shape: (not shape.windows, shape.rows)):
+            if self._possible(shape):
                 self._captured[shape] = self._made(shape)
-        except RuntimeError as error:
-            self._captured.clear()
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            logger.warning(
-                "KnapSpec could not capture its solver and runs it launch by launch (%s); "
-                '"draft_graphs": 0 does not try',
-                error,
-                exc_info=error,
-            )
 
     @torch.inference_mode()
     def start(self, references: References, weights: ItemWeights) -> PendingSolve | None:
         """As `start_solve`; None where no solve of this shape is captured."""
         if not self._captured:
             return None
-        pending = PendingSolve()
         layers, device = self._engine.view.num_layers, self._engine.device
+        pending = PendingSolve(device)
         savings = Savings.of(weights, layers, self._settings.windows, device)
         rows = len(references.starts)
         found = self._captured.get(Shape(rows, len(references.tokens) // rows, savings.windows))
@@ -109,6 +96,11 @@ class SolveGraphs:
         found.replay()
         pending.fetch(found.results[0], len(references.tokens), self._settings.bins)
         return pending
+
+    def _possible(self, shape: Shape) -> bool:
+        """Whether such references can come."""
+        most = self._engine.vllm_config.scheduler_config.max_num_seqs
+        return shape.rows <= most and shape.tokens <= self._engine.max_model_len
 
     def _made(self, shape: Shape) -> _Captured:
         engine, settings = self._engine, self._settings

@@ -33,6 +33,10 @@ class _Solved:
     estimates: tuple[PlanEstimate, ...]
     time_us: float
 
+    @property
+    def host_us(self) -> float:
+        return self.time_us
+
     def ready(self) -> bool:
         return True
 
@@ -135,7 +139,7 @@ class Solving:
         if estimates or policy.frontier is None:
             policy.set_frontier(frontier)
         policy.note_solve(solve.time_us, bool(estimates))
-        self._stats.add_solve(solve.time_us)
+        self._stats.add_solve(solve.time_us, solve.host_us)
         logger.info(
             "KnapSpec solved %d plans in %.0f ms (%s)",
             len(estimates), solve.time_us / 1e3, self._pending.described,

@@ -95,9 +95,10 @@ class Stats:
         if not drafts:
             self.declined_rounds[declined] += 1
 
-    def add_solve(self, time_us: float) -> None:
+    def add_solve(self, time_us: float, host_us: float) -> None:
+        """host_us: of it, what the host waited for or queued; a GPU does the rest meanwhile."""
         self.solves += 1
-        self.phase_us["solve"] += time_us
+        self.phase_us["solve"] += host_us
         self.solve_seconds.observe(time_us / 1e6)
 
     def add_verified(self, accepted: int, drafted: int, context: int) -> None:

@@ -35,15 +35,17 @@ def twin(module: nn.Module, **parts: Any) -> nn.Module:
 
 def norm(module: Any) -> Norm:
     """An RMSNorm, alone or with the residual add in front of it."""
-    kernels = _fused_kernels()
+    kernels, plain = _fused_kernels(), module_norm(module)
     if kernels is None or not _is_plain_norm(module):
-        return module_norm(module)
+        return plain
     epsilon = module.variance_epsilon
 
     def fused(
         delta: torch.Tensor | None, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         weight = module.weight
+        if weight.dtype != residual.dtype:  # the kernels want one type
+            return plain(delta, residual)
         if delta is None:
             out = torch.empty_like(residual)
             kernels.rms_norm.default(out, residual, weight, epsilon)

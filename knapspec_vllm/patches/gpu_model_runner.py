@@ -75,7 +75,7 @@ def _make_states(original: Any) -> Any:
     ) -> Any:
         drafter = drafter_of(self)
         if drafter is not None and drafter.asynchronous is not None:
-            drafter.asynchronous.sampled(output_token_ids)
+            drafter.asynchronous.sampled(output_token_ids, scheduler_output)
         return original(self, output_token_ids, scheduler_output)
 
     return _update_states_after_model_execute

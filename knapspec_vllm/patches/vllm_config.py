@@ -32,11 +32,19 @@ def _make_post_init(original: Any) -> Any:
             refusals.check_before(self)
             # vLLM refuses it with any custom_class; `check_before` has seen that ours can have it.
             asynchronous = self.scheduler_config.async_scheduling is True
+        try:
             if asynchronous:
                 self.scheduler_config.async_scheduling = False
-        original(self, *args, **kwargs)
+                # What vLLM would make of it, were it told.
+                if self.parallel_config.disable_nccl_for_dp_synchronization is None:
+                    self.parallel_config.disable_nccl_for_dp_synchronization = True
+            original(self, *args, **kwargs)
+        finally:
+            if asynchronous:
+                self.scheduler_config.async_scheduling = True
+        if asynchronous and self.model_config is not None:
+            self.model_config.disable_cascade_attn = True
         if selected:
-            self.scheduler_config.async_scheduling = asynchronous
             refusals.check(self)
 
     return __post_init__

@@ -64,20 +64,6 @@ class Corrections:
                 mean.published = mean.log_factor
                 self.version += 1
 
-    def observe_round(
-        self, batch: Batch, forwards: int, step_us: float, draft_us: float, time_us: float
-    ) -> tuple[float, float]:
-        """Learns from a round of which only the whole was timed: it is taken to be spent as what is
-        believed of its parts. step_us, draft_us: uncorrected. Returns that time's two parts."""
-        part: Part = "verify" if forwards else "plain"
-        step = step_us * self.factor(part, batch)
-        draft = draft_us * self.factor("draft", batch)
-        share = step / (step + draft)
-        self.observe(part, batch, step_us, share * time_us)
-        if draft_us > 0:
-            self.observe("draft", batch, draft_us, (1.0 - share) * time_us)
-        return share * time_us, (1.0 - share) * time_us
-
     def forget(self) -> None:
         """Believe half of what set drafting apart from plain steps, and learn anew: nothing of it
         has been seen for long. What all parts share stays, or a speedup would be wrong by it."""

@@ -140,14 +140,6 @@ class Policy:
         predicted_us = forwards * self._costs.draft_us(plan, batch)
         self._corrections.observe("draft", batch, predicted_us, time_us)
 
-    def observe_round(
-        self, batch: Batch, plan: Plan | None, forwards: int, time_us: float
-    ) -> tuple[float, float]:
-        """Learns from the time of a whole round; returns what of it is (step, drafting)."""
-        draft_us = 0.0 if plan is None else forwards * self._costs.draft_us(plan, batch)
-        step_us = self._costs.step_us(batch, 1 + forwards)
-        return self._corrections.observe_round(batch, forwards, step_us, draft_us, time_us)
-
     def plain_us(self, batch: Batch) -> float:
         """A plain decode step as rounds have shown it to be, microseconds."""
         return self._corrections.factor("plain", batch) * self._costs.step_us(batch, 1)

@@ -128,8 +128,8 @@ def start_solve(
     """Queues a solve on the device and the copy of its result, and returns at once."""
     if settings.live_branches < 1 or settings.bins < 1:
         raise ValueError("bins and live_branches must be at least 1")
-    pending = PendingSolve()
     reference = runner.reference_states()
+    pending = PendingSolve(reference.device)
     savings = Savings.of(weights, runner.num_layers, settings.windows, reference.device)
     packed = run_solver(runner, reference, savings, settings)
     pending.fetch(packed, reference.shape[0], settings.bins)
@@ -233,30 +233,44 @@ def _padded(values: Tensor, rows: int) -> Tensor:
 class PendingSolve:
     """A solve under way on the device, from the moment it is made."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._started = time.perf_counter()
+        self._on_device = device.type != "cpu"
+        self._begins = self._mark(device)
         self._arrived: torch.Event | None = None
 
     def fetch(self, packed: Tensor, trials: int, bins: int) -> None:
         """Queue the copy of run_solver's result to the host. trials: reference tokens."""
         self._trials, self._bins = trials, bins
-        if packed.device.type == "cpu":
-            self._packed = packed
-        else:
+        self._packed = packed
+        if self._on_device:
             self._packed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
             self._packed.copy_(packed, non_blocking=True)
-            self._arrived = torch.Event(packed.device.type)
-            self._arrived.record()
+            self._arrived = self._mark(packed.device)
         self._queued = time.perf_counter()
+
+    def _mark(self, device: torch.device) -> torch.Event | None:
+        if not self._on_device:
+            return None
+        event = torch.Event(device.type, enable_timing=True)
+        event.record()
+        return event
 
     def ready(self) -> bool:
         """Whether result() would not wait."""
         return self._arrived is None or self._arrived.query()
 
     @property
-    def time_us(self) -> float:
-        """Time to run it on a CPU, to queue it elsewhere."""
+    def host_us(self) -> float:
+        """What the host had to do with it: all of it on a CPU."""
         return (self._queued - self._started) * 1e6
+
+    @property
+    def time_us(self) -> float:
+        """What it took; once it is ready."""
+        if self._begins is None or self._arrived is None:
+            return self.host_us
+        return max(self.host_us, 1e3 * self._begins.elapsed_time(self._arrived))
 
     def result(self) -> tuple[PlanEstimate, ...]:
         """The frontier's plans, backtracked on the host; see `solve`."""

@@ -185,9 +185,14 @@ def test_draft_lengths_of_requests(expected: list[list[int]]) -> None:
 @pytest.mark.parametrize(
     ("settings", "options", "words"),
     [
-        ({"debug_invariants": True}, {}, "needs debug_invariants and confidence_threshold unset"),
-        ({"confidence_threshold": 0.5}, {}, "needs debug_invariants and confidence_threshold"),
-        ({}, {"tensor_parallel_size": 2}, "needs one rank, in the engine's own process,"),
+        (
+            {"debug_invariants": True},
+            {},
+            "needs debug_invariants, confidence_threshold, strategy unset",
+        ),
+        ({"confidence_threshold": 0.5}, {}, "needs debug_invariants, confidence_threshold"),
+        ({"strategy": "clasp"}, {}, "needs debug_invariants, confidence_threshold, strategy"),
+        ({}, {"tensor_parallel_size": 2}, "needs one rank, in the engine's own process"),
     ],
 )
 def test_what_cannot_be(settings: dict, options: dict, words: str) -> None:

@@ -15,6 +15,7 @@ from engines import assert_same_tokens, engine, greedy, proposer_of
 
 from knapspec_vllm import envs, ops
 from knapspec_vllm.bench.checkpoints import random_checkpoint
+from knapspec_vllm.calibration import startup
 from knapspec_vllm.calibration.profiler import warm_up_solver
 from knapspec_vllm.draft import solving
 from knapspec_vllm.draft.branches import VllmBranches
@@ -111,7 +112,7 @@ def test_warms_the_solver_up(triton_ops) -> None:
     with engine(random_checkpoint("LlamaForCausalLM"), settings, **ENGINE) as llm:
         proposer = proposer_of(llm)
         ops.launches.clear()
-        warm_up_solver(proposer.engine, proposer.geometry, SolverSettings(live_branches=6), 4)
+        warm_up_solver(proposer.engine, proposer.geometry, SolverSettings(live_branches=6), 4, 2)
         assert {op for op, ran in ops.launches if ran == "triton"} >= SOLVER_KERNELS
         assert not [op for op, ran in ops.launches if ran == "eager"]
 
@@ -122,22 +123,25 @@ def test_captured_solves(triton_ops, capture) -> None:
     if capture is CudaCapture and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     settings = {"plan": "skip mlp:1", "draft_length": 1, "window_tokens": 16, "sink_tokens": 16}
-    with engine(random_checkpoint("LlamaForCausalLM"), settings, **ENGINE) as llm:
+    options = {**ENGINE, "max_model_len": 2048}  # long enough for split prefixes
+    with engine(random_checkpoint("LlamaForCausalLM"), settings, **options) as llm:
         proposer = proposer_of(llm)
         served, geometry = proposer.engine, proposer.geometry
         solver = SolverSettings(live_branches=6)
         graphs = SolveGraphs(served, geometry, solver, capture(served.device))
         graphs.prepare([Shape(2, 4, True), Shape(2, 4, False), Shape(1, 8, True)])
         assert len(graphs) == 3
-        for rows, context, window_us in ((2, 60, 0.5), (2, 90, 1.0), (1, 200, 0.3), (2, 33, 0.5)):
+        for rows, context, window_us in ((2, 60, 0.5), (2, 90, 1.0), (1, 1500, 0.3), (2, 33, 0.5)):
             given = fake_references(served, rows, 8 // rows, context)
             weights = ItemWeights(1.0, window_us, 2.0)
             found = graphs.start(given, weights)
             assert found is not None
             with torch.inference_mode():
                 want = start_solve(VllmBranches(served, geometry, given), weights, solver)
-            assert found.result() == want.result()
-            assert want.result()
+            # Cosines differ in their last bits: splits are those of the longest context.
+            plans = [(estimate.plan, estimate.hits) for estimate in want.result()]
+            assert plans == [(estimate.plan, estimate.hits) for estimate in found.result()]
+            assert plans
         assert graphs.start(fake_references(served, 1, 3, 60), weights) is None, "another shape"
 
 
@@ -154,19 +158,28 @@ def fake_references(served, rows: int, tokens: int, context: int) -> References:
     )
 
 
-def test_failed_captures_leave_the_solver_as_it_was(triton_ops, caplog) -> None:
-    def refuses(step):
-        raise RuntimeError("not now")
+@pytest.mark.parametrize("works", [True, False])
+def test_the_solver_is_prepared_at_start(triton_ops, caplog, works: bool) -> None:
+    """Captured for one row and for several; launch by launch where it cannot be."""
 
-    with engine(random_checkpoint("LlamaForCausalLM"), DRAFTING, **ENGINE) as llm:
+    def capture(device):
+        def refuses(step):
+            raise RuntimeError("not now")
+
+        return repeat(device) if works else refuses
+
+    triton_ops.setattr(startup, "CudaCapture", capture)
+    settings = {"calibration": "off", "live_branches": 6, "window_tokens": 16, "sink_tokens": 16}
+    with engine(random_checkpoint("LlamaForCausalLM"), settings, **ENGINE) as llm:
         proposer = proposer_of(llm)
-        graphs = SolveGraphs(
-            proposer.engine, proposer.geometry, SolverSettings(live_branches=6), refuses
-        )
-        graphs.prepare([Shape(1, 4, True)])
-        given = fake_references(proposer.engine, 1, 4, 60)
-        assert graphs.start(given, ItemWeights(1.0, 0.5, 2.0)) is None
-    assert "launch by launch (not now)" in caplog.text
+        proposer.drafter.graphs = object()  # as on a GPU: captures are allowed
+        graphs = startup._prepared_solver(proposer)
+    if works:
+        assert graphs is not None
+        assert len(graphs) == 4
+    else:
+        assert graphs is None
+        assert "could not prepare its solver (not now)" in caplog.text
 
 
 def test_solves(triton_ops, tmp_path: Path) -> None:

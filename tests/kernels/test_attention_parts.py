@@ -30,15 +30,19 @@ def test_reduce_splits(device, splits, dim):
     assert_close("out", want, out, 1e-5)
 
 
-def test_split_count_fills_the_device_evenly():
-    # 8 multiprocessors under the interpreter, 24 programs at a time.
-    cpu = torch.device("cpu")
-    assert split_count(1, 100_000, 3, cpu) == 23, "nearly one wave"
-    assert split_count(5, 100_000, 3, cpu) == 14, "70 programs of three waves' 72"
-    assert split_count(3, 200, 3, cpu) == 2, "no split below 128 tokens"
-    assert split_count(3, 0, 3, cpu) == 1
-    assert split_count(24, 8_000, 3, cpu) == 1, "the grid fills the device"
-    assert split_count(33, 8_000, 3, cpu) == 2, "33 would leave a third of two waves empty"
-    assert split_count(960, 8_000, 3, cpu) == 1, "the last of many waves does not matter"
-    assert split_count(33, 40_000, 3, cpu) >= 3, "nobody reads more than 16k tokens"
-    assert split_count(0, 0, 3, cpu) == 1
+def test_split_count_leaves_no_wave_and_no_tile_half_empty():
+    # 8 multiprocessors under the interpreter: 24 programs at a time.
+    def count(programs, tokens, tile=32, piece=128):
+        return split_count(programs, tokens, tile, piece, 3, torch.device("cpu"))
+
+    assert count(1, 24 * 320) == 24, "one wave, ten tiles each"
+    assert count(1, 10 * 320) == 20, "five tiles each: 24 splits would have five, too"
+    assert count(5, 32_000) == 14, "70 programs of three waves' 72"
+    assert count(3, 200) == 2, "no split below 128 tokens"
+    assert count(3, 200, piece=512) == 1
+    assert count(3, 0) == 1
+    assert count(24, 8_000) == 1, "the grid fills the device"
+    assert count(33, 8_000) == 5, "165 programs of seven waves' 168"
+    assert count(960, 8_000) == 1, "the last of many waves does not matter"
+    assert count(33, 40_000) >= 3, "nobody reads more than 16k tokens"
+    assert count(0, 0) == 1

@@ -60,9 +60,9 @@ def test_every_kernel_compiles(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, 89, 90])
 def test_every_case_compiles(arch, tmp_path):
-    """Head sizes, dtypes, cache layouts and models; also on an A100."""
+    """Head sizes, dtypes, cache layouts and models; also on an A100 and an L4."""
     kernels = compile_for_gpu(tmp_path, "--arch", str(arch))["kernels"]
     assert {row["kernel"] for row in kernels} == all_kernels()
 

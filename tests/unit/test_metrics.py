@@ -28,7 +28,7 @@ def stats() -> Stats:
     made.add_choice(3, False, "no gain")
     made.add_verified(accepted=2, drafted=3, context=5000)
     made.add_verified(accepted=0, drafted=1, context=10)
-    made.add_solve(200_000.0)
+    made.add_solve(200_000.0, 200_000.0)
     made.add_round(step_us=900_000.0, own_us=1e5, draft_us=5e5, solve_us=2e5)
     made.add_prediction(speedup=1.5, round_us=1e6, plain_us=3e6, time_us=2e6)
     made.clipped_rows["request"] += 2

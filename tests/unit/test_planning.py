@@ -97,7 +97,9 @@ def test_a_solve_that_finds_nothing_takes_no_plans_away() -> None:
     assert before is not None
     found = frontier((LIGHT, 900)).estimates
     for estimates, kept in (((), before.estimates), (found, found)):
-        solve = SimpleNamespace(ready=lambda: True, result=lambda e=estimates: e, time_us=1e5)
+        solve = SimpleNamespace(
+            ready=lambda: True, result=lambda e=estimates: e, time_us=1e5, host_us=1e5
+        )
         pending: Any = SimpleNamespace(solve=solve, batch=ALONE, described="test")
         made.solving._pending = pending
         made.solving.collect(made.policy)
