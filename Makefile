@@ -33,7 +33,8 @@ test: setup  ## all tests (VLLM=0.27.0: on that version, in an environment of it
 	@$(RUN) -m pytest $(PYTEST_ARGS)
 
 test-gpu: setup  ## the kernel tests compiled, and in the engine, on a GPU
-	@KNAPSPEC_KERNELS=auto $(RUN) -m pytest tests/kernels tests/integration/test_kernel_path.py $(PYTEST_ARGS)
+	@KNAPSPEC_KERNELS=auto $(RUN) -m pytest tests/kernels tests/integration/test_kernel_path.py \
+	  tests/integration/test_async_scheduling.py $(PYTEST_ARGS)
 
 bench-kernels: setup  ## kernels against the measured copy bandwidth (toy sizes without a GPU)
 	@for bench in tests/benchmarks/kernels/bench_*.py; do \
