@@ -153,7 +153,7 @@ PATCHES: tuple[Patch, ...] = (
             "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
             ("scheduler_output", "model_runner_output"),
         ),
-        what="Learns from a step's accepted drafts and from the time between two results.",
+        what="Learns from a step's accepted drafts and from the times it and its drafts took.",
         why="Workers never see accepted tokens on the host under --async-scheduling.",
         upstream="none: SpecDecodingStats are sums over requests",
         remove_when="a proposer is told what was accepted of its drafts.",

@@ -29,7 +29,10 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from engines import proposer_of
 
 from knapspec_vllm.bench.provenance import provenance
 from knapspec_vllm.bench.worker import engine_facts, knapspec_state, run_batch
@@ -278,12 +281,6 @@ def sampling(tokens: int) -> dict[str, Any]:
 
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def proposer_of(llm: Any) -> Any:
-    """The KnapSpecProposer of an in-process engine."""
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    return executor.driver_worker.worker.model_runner.drafter
 
 
 if __name__ == "__main__":

@@ -98,6 +98,18 @@ def metric(llm: Any, name: str) -> float:
     return sum(m.value for m in llm.get_metrics() if m.name == f"vllm:{name}")
 
 
+def check_drafted(llm: Any) -> None:
+    """Drafts were really verified, some accepted and some rejected, and all counts agree."""
+    stats = proposer_of(llm).stats
+    drafted = metric(llm, "spec_decode_num_draft_tokens")
+    accepted = metric(llm, "spec_decode_num_accepted_tokens")
+    assert 0 < accepted < drafted
+    # vLLM counts what it schedules: all our drafts but those of preempted or finished requests, and
+    # placeholders of its own.
+    assert drafted <= stats.draft_tokens + stats.placeholder_tokens
+    assert 0 <= accepted - stats.accepted_tokens <= stats.placeholder_tokens
+
+
 def assert_same_tokens(expected: list[list[int]], got: list[list[int]]) -> None:
     """Token-for-token equality; names the first request and position that differ."""
     assert len(expected) == len(got)

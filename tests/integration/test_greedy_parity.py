@@ -14,6 +14,7 @@ import pytest
 from engines import (
     LENGTHS,
     assert_same_tokens,
+    check_drafted,
     engine,
     force,
     greedy,
@@ -43,18 +44,6 @@ def reference(smollm2_path: Path, prompts: list[list[int]]) -> list[list[int]]:
     """Plain vLLM's tokens."""
     with engine(smollm2_path) as llm:
         return greedy(llm, prompts, MAX_TOKENS)
-
-
-def check_drafted(llm) -> None:
-    """Drafts were really verified, some accepted and some rejected, and all counts agree."""
-    stats = proposer_of(llm).stats
-    drafted = metric(llm, "spec_decode_num_draft_tokens")
-    accepted = metric(llm, "spec_decode_num_accepted_tokens")
-    assert 0 < accepted < drafted
-    # vLLM counts what it schedules: all our drafts but those of preempted or finished requests, and
-    # placeholders of its own.
-    assert drafted <= stats.draft_tokens + stats.placeholder_tokens
-    assert 0 <= accepted - stats.accepted_tokens <= stats.placeholder_tokens
 
 
 @pytest.mark.parity
