@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens per time of every plan and draft length for a batch, and the choice among them.
 
-    speedup[p, g] = (1 + a[p] + ... + a[p]^g) * plain / (g * draft[p] + verify[g])
+    speedup[p, g] = (1 + c[4] * (a[p] + ... + a[p]^g)) * plain / (g * draft[p] + verify[g])
     draft[p]  = c[2] * (fixed + counts[p] . (attention, window, mlp))
     plain     = c[0] * step(1),  verify[g] = c[1] * step(1 + g) + c[3]
 each curve taken at the batch's rows and mean context (`CurveTables`); step() is non-decreasing,
 flat from 1 token to the next measured number of tokens, linear between those and beyond the last.
-c are the corrections: what rounds really take over what the curves say, and a fixed time a round.
+c are the corrections: what rounds really take over what the curves say, a fixed time a round, and
+the share of the promised tokens that is kept.
 The published objective (PAPER): fixed = 0, plain = verify = layers * (attention + mlp), no c.
 
 One program computes everything: the table is a few hundred numbers, what counts is the latency of
@@ -40,7 +41,7 @@ def _plan_tpt_kernel(
     alphas_ptr,
     # [B] int32 or int64
     lengths_ptr,
-    # [4] float32
+    # [5] float32
     corrections_ptr,
     # [3] float32
     thresholds_ptr,
@@ -164,6 +165,10 @@ def _plan_tpt_kernel(
             grows = (column >= power)[None, :]
             expected = tl.where(grows, 1.0 + mean * expected, expected)
             doubted = tl.where(grows, 1.0 + lower * doubted, doubted)
+        if not PAPER:
+            kept_share = tl.load(corrections_ptr + 4)
+            expected = 1.0 + kept_share * (expected - 1.0)
+            doubted = 1.0 + kept_share * (doubted - 1.0)
         drafts_us = (column + 1).to(tl.float32)[None, :] * draft_us[:, None]
         rate = plain_us / (drafts_us + verify_us[None, :])
         entry = known[:, None] & (column < longest)[None, :]
@@ -205,7 +210,8 @@ def plan_tpt(
     alphas: torch.Tensor,
     # [B] int32 or int64: context tokens of each drafting row, 0 for padding
     lengths: torch.Tensor,
-    # [4] float32: factors of plain steps, verify steps and drafts, microseconds a round
+    # [5] float32: factors of plain steps, verify steps and drafts, microseconds a round, and the
+    # share of the promised tokens that is kept
     corrections: torch.Tensor,
     # [3] float32: hysteresis, speedup to start at, speedup to stay at
     thresholds: torch.Tensor,

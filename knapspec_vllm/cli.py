@@ -13,18 +13,24 @@ from knapspec_vllm.bench import options
 from knapspec_vllm.bench.options import json_object, positive
 from knapspec_vllm.commands import calibrate, serve_args, top
 from knapspec_vllm.commands.output import answers_only
+from knapspec_vllm.commands.vllm_options import check_engine_args
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 fine, 1 refused or failed, 2 wrong arguments."""
+    """Exit status: 0 fine, 1 refused or failed, 2 wrong arguments, 130 interrupted."""
     arguments = make_parser().parse_args(argv)
     try:
+        if arguments.command != "doctor":  # which says so itself
+            check_engine_args(getattr(arguments, "engine_args", {}))
         return int(arguments.run(arguments))
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, ImportError) as error:
         if arguments.debug:
             raise
         print(f"knapspec: {_first_words(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("knapspec: interrupted", file=sys.stderr)
+        return 130
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -54,20 +60,34 @@ def make_parser() -> argparse.ArgumentParser:
         "plan",
         help="the plans KnapSpec would choose from, for given batches and context lengths",
         description="Starts the model in this process, calibrates or loads the stored curves, "
-        "solves for plans on real text of every batch and context length, prints the frontier.",
+        "solves for plans on real text\nof every batch and context length, prints the frontier. "
+        "Exit status: 0 printed, 1 failed, 2 wrong arguments.",
+        epilog="examples:\n"
+        "  knapspec plan MODEL --batch 1 8 --context 256 4096 --picture plans.png\n"
+        "  knapspec plan MODEL --settings '{\"window_tokens\": 128}' --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     plan.add_argument("model", help="model path or hub id")
-    plan.add_argument("--batch", type=positive, nargs="+", default=[1], metavar="ROWS")
+    plan.add_argument(
+        "--batch", type=positive, nargs="+", default=[1], metavar="ROWS",
+        help="requests decoded together (default: 1)",
+    )  # fmt: skip
     plan.add_argument(
         "--context", type=positive, nargs="+", default=[256, 2048], metavar="TOKENS",
-        help="context length of each row",
+        help="context length of each row (default: 256 2048)",
     )  # fmt: skip
-    plan.add_argument("--num-speculative-tokens", type=positive, default=8, metavar="N")
+    plan.add_argument(
+        "--num-speculative-tokens", type=positive, default=8, metavar="N",
+        help="most tokens a round may draft (default: 8)",
+    )  # fmt: skip
     plan.add_argument(
         "--settings", type=json_object, default={}, metavar="JSON",
         help='KnapSpec settings, as in --additional-config \'{"knapspec": JSON}\'',
     )  # fmt: skip
-    plan.add_argument("--most", type=positive, default=8, help="plans shown of each frontier")
+    plan.add_argument(
+        "--most", type=positive, default=8, metavar="N",
+        help="plans shown of each frontier, best first (default: 8)",
+    )  # fmt: skip
     plan.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw the best plans")
     plan.add_argument("--json", action="store_true", help="machine-readable output")
     _add_engine_args(plan)

@@ -16,7 +16,8 @@ def plan_tpt(
     alphas: torch.Tensor,
     # [B] int32 or int64: context tokens of each drafting row, 0 for padding
     lengths: torch.Tensor,
-    # [4] float32: factors of plain steps, verify steps and drafts, microseconds a round
+    # [5] float32: factors of plain steps, verify steps and drafts, microseconds a round, and the
+    # share of the promised tokens that is kept
     corrections: torch.Tensor,
     # [3] float32: hysteresis, speedup to start at, speedup to stay at
     thresholds: torch.Tensor,
@@ -43,9 +44,11 @@ def plan_tpt(
         draft_us = draft_us * corrections[2]
     draft_lengths = torch.arange(1, longest + 1, device=counts.device)
     rate = plain_us / (draft_lengths * draft_us[:, None] + verify_us)
-    # 1 + a + ... + a^g as a sum of positive terms: no cancellation where a is close to 1.
-    tokens = alphas[..., None].pow(torch.arange(longest + 1, device=counts.device)).cumsum(-1)
-    table, cautious = tokens[..., 1:] * rate
+    # a + ... + a^g as a sum of positive terms: no cancellation where a is close to 1.
+    accepted = alphas[..., None].pow(draft_lengths).cumsum(-1)
+    if not paper:
+        accepted = accepted * corrections[4]
+    table, cautious = (1.0 + accepted) * rate
     if not plans or not longest:
         nothing = current.new_full((2,), -1)
         nothing[1:].zero_()

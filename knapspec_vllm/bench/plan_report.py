@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from knapspec_vllm.commands.output import under_way
 from knapspec_vllm.planner.types import Batch, Mode, Plan
 
 
@@ -72,18 +73,19 @@ def plan_tables(
     engine_args.setdefault("max_num_seqs", max(batches))
     # All rows of a batch must be in decode when the solver looks at them: one step for all prompts.
     engine_args.setdefault("max_num_batched_tokens", max(2048, max(batches) * max(contexts)))
-    llm = LLM(
-        model=model,
-        enable_prefix_caching=False,
-        speculative_config={
-            "method": "knapspec",
-            "num_speculative_tokens": num_speculative_tokens,
-            # Nothing is served here: no round is there to be measured.
-            "round_overhead_us": 0.0,
-            **settings,
-        },
-        **engine_args,
-    )
+    with under_way(f"starting {model}"):
+        llm = LLM(
+            model=model,
+            enable_prefix_caching=False,
+            speculative_config={
+                "method": "knapspec",
+                "num_speculative_tokens": num_speculative_tokens,
+                # Nothing is served here: no round is there to be measured.
+                "round_overhead_us": 0.0,
+                **settings,
+            },
+            **engine_args,
+        )
     engine: Any = llm.llm_engine.engine_core
     try:
         runner = engine.engine_core.model_executor.driver_worker.worker.model_runner
@@ -97,7 +99,8 @@ def plan_tables(
                     {"prompt_token_ids": text[i * context : (i + 1) * context]} for i in range(rows)
                 ]
                 params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-                llm.generate(prompts, params, use_tqdm=False)
+                with under_way(f"solving for batch {rows}, context {context}"):
+                    llm.generate(prompts, params, use_tqdm=False)
                 tables.append(_table(planning, rows, context, num_speculative_tokens))
         return tables
     finally:

@@ -6,8 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knapspec_vllm.bench.options import json_object, positive
-from knapspec_vllm.commands.output import answers_only
+from knapspec_vllm.commands.output import answers_only, under_way
+from knapspec_vllm.commands.vllm_options import serve_options
 
 if TYPE_CHECKING:
     from knapspec_vllm.planner.costs import CostModel
@@ -86,10 +85,20 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="the file that the server gets as vllm serve --config",
     )  # fmt: skip
     add("--num-speculative-tokens", type=positive, metavar="N", help="default: the file's, or 8")
-    add("--settings", type=json_object, default={}, metavar="JSON", help="KnapSpec settings")
+    add(
+        "--settings", type=json_object, default={}, metavar="JSON",
+        help='KnapSpec settings over the file\'s, such as \'{"window_tokens": 1024}\'',
+    )  # fmt: skip
     add("--store", metavar="FOLDER", help="calibration store; default: the server's default")
-    add("--batch", type=positive, nargs="+", default=[1, 8], metavar="ROWS")
-    add("--context", type=positive, nargs="+", default=[512, 4096], metavar="TOKENS")
+    add(
+        "--batch", type=positive, nargs="+", default=[1, 8], metavar="ROWS",
+        help="batches whose prices are printed (default: 1 8); curves are measured over all",
+    )  # fmt: skip
+    add(
+        "--context", type=positive, nargs="+", default=[512, 4096], metavar="TOKENS",
+        help="context lengths whose prices are printed (default: 512 4096); plans are solved for "
+        "one row of the longest that the engine has room for",
+    )  # fmt: skip
     add(
         "--ray", action="store_true",
         help="once on a node of every kind in the Ray cluster (RAY_ADDRESS, or the local one); "
@@ -145,47 +154,6 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def serve_options(path: Path) -> dict[str, Any]:
-    """A `vllm serve --config` file as keyword arguments of the engine, read by vLLM's own parser.
-
-    Options of the HTTP server and of data parallelism, whose engines are alike, are left out.
-    Raises ValueError for a file that is no mapping.
-    """
-    import dataclasses
-
-    import yaml
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    from knapspec_vllm.plugin import register
-
-    register()
-    entries = yaml.safe_load(path.read_text())
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path} is not a mapping of vllm serve's options")
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    parser.add_argument("--config")
-    flags = set(parser._option_string_actions)
-    kept = {k: v for k, v in entries.items() if f"--{str(k).replace('_', '-')}" in flags}
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(kept, file)
-        file.flush()
-        # Not EngineArgs: making one looks for the model.
-        given = vars(parser.parse_args(["--config", file.name]))
-    defaults = vars(parser.parse_args([]))
-    found = {
-        field.name: given[field.name]
-        for field in dataclasses.fields(EngineArgs)
-        if given.get(field.name) != defaults.get(field.name)
-        and field.name != "model"
-        and not field.name.startswith("data_parallel")
-    }
-    method, count = found.pop("spec_method", None), found.pop("spec_tokens", None)
-    if method is not None:
-        found["speculative_config"] = {"method": method, "num_speculative_tokens": count or 8}
-    return found
-
-
 def calibrate(
     model: str, options: dict[str, Any], batches: Sequence[int], contexts: Sequence[int]
 ) -> Report:
@@ -206,18 +174,18 @@ def calibrate(
     from knapspec_vllm.planner.types import Frontier
 
     start = time.perf_counter()
-    _say(f"starting {model} and measuring")
-    llm = LLM(model=model, **options)
+    with under_way(f"starting {model} and measuring its cost curves"):
+        llm = LLM(model=model, **options)
     try:
         count = options["speculative_config"]["num_speculative_tokens"]
         config = llm.llm_engine.vllm_config
         room = config.model_config.max_model_len - count - 4
         context = max([c for c in contexts if c <= room] or [room])
-        _say(f"solving for plans (batch 1, context {context})")
-        llm.collective_rpc(request_solve)
         prompt = {"prompt_token_ids": reference_tokens(llm, context)}
         params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-        llm.generate([prompt], params, use_tqdm=False)
+        with under_way(f"solving for plans (batch 1, context {context})"):
+            llm.collective_rpc(request_solve)
+            llm.generate([prompt], params, use_tqdm=False)
         found = json.loads(llm.collective_rpc(knapspec_costs)[0])
         rows = [b for b in batches if b <= config.scheduler_config.max_num_seqs] or [1]
     finally:
@@ -280,7 +248,3 @@ def format_report(report: Report) -> str:
             f"{price.draft_ms:>8.1f} {price.window_ms:>8.1f} {price.empty_ms:>8.1f}"
         )
     return "\n".join(lines)
-
-
-def _say(text: str) -> None:
-    print(f"knapspec: {text} ...", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 from knapspec_vllm.bench.engines import root_cause
 from knapspec_vllm.commands.calibrate import Report
-from knapspec_vllm.commands.output import answers_only
+from knapspec_vllm.commands.output import answers_only, under_way
 from knapspec_vllm.hardware import cpu_name
 
 _ACCELERATOR = "accelerator_type:"
@@ -46,14 +46,14 @@ def calibrate_fleet(
         kinds = node_kinds(ray, ranks)
         waiting = {}
         for kind, node in kinds.items():
-            print(f"knapspec: measuring on {kind} ...", file=sys.stderr, flush=True)
             gpus = ranks if node["Resources"].get("GPU", 0) else 0
             on_node = _remote(ray, node["NodeID"], gpus)
             waiting[kind] = on_node.remote(model, options, list(batches), list(contexts))
         reports, failures = [], []
-        for kind, future in waiting.items():
+        for number, (kind, future) in enumerate(waiting.items(), 1):
             try:
-                report, entries = ray.get(future)
+                with under_way(f"measuring on {kind} ({number} of {len(waiting)} kinds of node)"):
+                    report, entries = ray.get(future)
             except Exception as error:
                 failures.append(f"{kind}: {_last_line(error)}")
                 continue

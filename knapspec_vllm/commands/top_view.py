@@ -64,7 +64,7 @@ def _helping(facts: dict[str, Any]) -> Panel:
     return _facts(
         "Is it helping",
         {
-            "speedup over plain": _number(facts["speedup"], "{:.2f}x"),
+            "speedup over plain steps": _number(facts["speedup"], "{:.2f}x"),
             "predicted by the plan": _number(facts["predicted_speedup"], "{:.2f}x"),
             "tokens/s": _number(facts["tokens_per_second"], "{:.1f}"),
             "ms between tokens": _number(facts["inter_token_ms"], "{:.1f}"),

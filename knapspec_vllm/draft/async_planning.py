@@ -261,8 +261,7 @@ class AsyncPlanning:
         solving = last.solving or (found.decides is not None and found.decides.solving)
         if policy is None or solving or not last.settled:
             return
-        if drafted == last.draft_length * len(tokens):
-            policy.observe_step(batch, 1 + last.draft_length, time_us)
+        policy.observe_step(batch, 1 + drafted / len(tokens), time_us)
         stats.add_prediction(
             choice.predicted_speedup,
             choice.round_us,

@@ -63,6 +63,8 @@ class Planning:
         #: What the last round did, and the last round that drafted.
         self.last_choice = Choice(None, 0, 1.0, "no round yet")
         self.last_drafting_choice = self.last_choice
+        #: Tokens a row, in the mean, of the last batch that drafted.
+        self.drafting_context = 0.0
         self._logged = False
         self.solving = Solving(config, engine, geometry, agreement, stats, on_frontier)
         self._declined_kind: tuple[int, int, int] | None = None
@@ -99,7 +101,8 @@ class Planning:
                 self.solving.start(self.policy, batch, references)
                 self.solving.collect(self.policy)  # a CPU has it at once
             choice = self._agreement.share(
-                self.policy.choose(batch, max_draft_length) if self._agreement.leads else None
+                self.policy.choose(batch, max_draft_length) if self._agreement.leads else None,
+                self._seen(batch, max_draft_length),
             )
             assert choice is not None
             declined = choice.code == "no gain"
@@ -125,7 +128,17 @@ class Planning:
         """
         self._stats.add_verified(accepted, drafted, context)
         if says_something:
-            self.acceptance.observe(plan, accepted, drafted)
+            # Asked for by batch, not by row: rows of 300 and 20,000 tokens would teach lengths that
+            # no batch of both has.
+            self.acceptance.observe(plan, accepted, drafted, self.drafting_context)
+
+    def _seen(self, batch: Batch, max_draft_length: int) -> tuple[int | str, ...] | None:
+        """What every rank should have in common when it asks rank 0 what to do."""
+        if self._agreement.alone:
+            return None
+        plan = self.last_choice.plan
+        drafted = "" if plan is None else plan.key
+        return (self._stats.rounds, batch.rows, batch.context_tokens, max_draft_length, drafted)
 
     def _still_declined(self, batch: Batch, max_draft_length: int) -> Choice | None:
         """The last decision, for some rounds, if it was to decline the same kind of batch.
@@ -154,10 +167,14 @@ class Planning:
     def _note(self, choice: Choice, batch: Batch) -> None:
         """Count the choice, and log it when the plan changes or drafting stops or starts."""
         self._stats.add_choice(batch.rows, choice.draft_length > 0, choice.code)
+        if choice.plan is not None:
+            self.drafting_context = batch.context_per_row
         if choice.code in ("measuring", "probing"):  # for one round: not what was decided
             return
         changed = choice.plan != self.last_choice.plan
-        self._stats.plan_changes += changed
+        if changed:
+            began = "start" if self.last_choice.plan is None else "plan"
+            self._stats.plan_changes["stop" if choice.plan is None else began] += 1
         if changed or not self._logged:
             self._log(choice, f"batch {batch.rows}, context {batch.context_tokens}")
         self.last_choice = choice

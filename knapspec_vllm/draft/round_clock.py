@@ -80,9 +80,7 @@ class RoundClock:
         stats.add_round(engine_us, last.own_us, last.draft_us, last.solve_us)
         if policy is None or last.unusual:
             return
-        # What rows of different lengths take is not on the curves.
-        if last.scheduled_tokens == last.batch.rows * (1 + last.forwards):
-            policy.observe_step(last.batch, 1 + last.forwards, step_us)
+        policy.observe_step(last.batch, last.scheduled_tokens / last.batch.rows, step_us)
         if last.forwards and last.choice.plan is not None:
             policy.observe_draft(last.batch, last.choice.plan, last.forwards, last.draft_us)
         gained = sum(len(sampled_token_ids[i]) for i in rows.index) / len(rows)

@@ -31,9 +31,13 @@ def snapshot(proposer: KnapSpecProposer) -> dict[str, Any]:
     last = planning.last_choice
     state |= {"decision": last.reason, "drafting": last.plan is not None}
     state |= _of_plan(planning.last_drafting_choice)
+    assert proposer.engine is not None
+    state["layers"] = proposer.engine.view.num_layers
+    state["tp_plan_mismatches"] = proposer.agreement.mismatches
     plan = planning.last_drafting_choice.plan
     if plan is not None:
-        state["believed_acceptance"] = planning.acceptance.alpha(plan)
+        context = planning.drafting_context
+        state["believed_acceptance"] = planning.acceptance.alpha(plan, context)
     return state
 
 
@@ -44,7 +48,6 @@ def _of_plan(choice: Choice) -> dict[str, Any]:
     return {
         "plan": None if plan is None else plan.describe(),
         "plan_text": None if plan is None else plan.to_text(),
-        "layers": len(mlp),
         "skipped": {
             "attention": sum(mode == Mode.SKIP for mode in attention),
             "mlp": sum(mode == Mode.SKIP for mode in mlp),

@@ -91,6 +91,11 @@ def _graphs(state: State) -> Iterable[Sample]:
     return [((result,), state["stats"]["graphs"].get(result, 0)) for result in results]
 
 
+def _changes(state: State) -> Iterable[Sample]:
+    changes = state["stats"]["plan_changes"]
+    return [((reason,), changes.get(reason, 0)) for reason in ("start", "stop", "plan")]
+
+
 def _batches(state: State) -> Iterable[Sample]:
     stats = state["stats"]
     return [(("true",), stats["drafting_rows"]), (("false",), stats["declining_rows"])]
@@ -114,8 +119,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("skipped_steps", "counter", "Rounds that did not draft, by reason.",
            _by("declined_rounds"), ("reason",)),
     Family("estimated_speedup_ratio", "gauge",
-           "Over plain decoding, last minute: what plain decoding would have taken for the tokens "
-           "gained, over what rounds took. Declined rounds count as they went.",
+           "Over plain steps of this engine, last minute: what they would have taken for the "
+           "tokens gained, over what rounds took. Declined rounds count as they went. What an "
+           "engine loses by selecting KnapSpec (asynchronous scheduling, V2 runner) is not in it.",
            _value("recent_speedup")),
     Family("round_seconds", "counter",
            "Of measured rounds: time of the rounds and of plain decoding for their tokens, as "
@@ -136,8 +142,14 @@ FAMILIES: tuple[Family, ...] = (
     Family("plan_believed_acceptance", "gauge",
            "Acceptance of a drafted token that the planner expects of the current plan.",
            _value("believed_acceptance")),
-    Family("plan_changes", "counter", "Changes of the plan, stops and starts included.",
-           _stat("plan_changes")),
+    Family("plan_changes", "counter",
+           "Changes of the plan, by reason: another one (plan), or drafting began or ended (start, "
+           "stop).", _changes, ("reason",)),
+    Family("tp_plan_mismatch", "counter",
+           "Decisions for which a tensor-parallel rank had seen another batch or drafted another "
+           "plan than rank 0, added up over ranks every 32 of their broadcasts. Should stay 0; if "
+           "ranks wait for each other it is no longer counted, and the first one's log has it.",
+           _value("tp_plan_mismatches")),
     Family("plan_solve_seconds", "histogram", "Time of a solve for plans.",
            lambda state: [((), state["stats"]["solve_seconds"])], bounds=SOLVE_BOUNDS),
     Family("predicted_vs_observed_ratio", "histogram",

@@ -36,7 +36,8 @@ class Stats:
     accepted_by_context: Counter[str] = field(default_factory=Counter)
     solves: int = 0
     solve_seconds: Histogram = field(default_factory=lambda: Histogram(SOLVE_BOUNDS))
-    plan_changes: int = 0
+    #: Changes of what is drafted with: "start" and "stop" of drafting, or "plan", another one.
+    plan_changes: Counter[str] = field(default_factory=Counter)
     #: Rows of rounds that drafted and of rounds that did not.
     drafting_rows: Histogram = field(default_factory=lambda: Histogram(BATCH_BOUNDS))
     declining_rows: Histogram = field(default_factory=lambda: Histogram(BATCH_BOUNDS))

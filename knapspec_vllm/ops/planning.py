@@ -77,8 +77,8 @@ def plan_tpt(
 
     counts [P, 3] float32: items a plan runs (attention FULL, attention WINDOW, MLP); alphas [2, P]
     float32: acceptance, mean and cautious; lengths [B] int: context of each drafting row, 0 for
-    padding; corrections [4] float32: factors of plain steps, verify steps and drafts, and the
-    microseconds a speculative round costs on top;
+    padding; corrections [5] float32: factors of plain steps, verify steps and drafts, the
+    microseconds a speculative round costs on top, the share of the promised tokens that is kept;
     thresholds [3] float32: hysteresis, speedup to start at, speedup to stay at; current [2] int32:
     plan (-1: none) and draft length of the last round.
 
@@ -89,7 +89,7 @@ def plan_tpt(
     check("counts", counts, (plans, 3))
     check("alphas", alphas, (2, plans))
     for name, tensor, size in (
-        ("corrections", corrections, 4),
+        ("corrections", corrections, 5),
         ("thresholds", thresholds, 3),
         ("current", current, 2),
     ):

@@ -133,8 +133,11 @@ class CostModel:
             mlp=mlp,
         )
 
-    def step_us(self, batch: Batch, tokens_per_row: int) -> float:
-        """Target step in which every row feeds tokens_per_row tokens; non-decreasing in them."""
+    def step_us(self, batch: Batch, tokens_per_row: float) -> float:
+        """Target step in which rows feed tokens_per_row tokens each; non-decreasing in them.
+
+        In the mean, where rows differ: what a step does to a token is the same for whose it is.
+        """
         if tokens_per_row < 1:
             raise ValueError(f"tokens_per_row must be at least 1, got {tokens_per_row}")
         before_us = self.steps[0][1].at(batch.rows, batch.context_tokens)

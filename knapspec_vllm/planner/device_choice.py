@@ -46,7 +46,7 @@ class DeviceChooser:
             limits = [-math.inf, -math.inf]  # not even a doubtful choice is declined
         self._thresholds = self._upload([config.hysteresis, *limits])
         self._round_us = config.round_overhead_us or 0.0
-        self._corrections = self._upload([1.0, 1.0, 1.0, self._round_us])
+        self._corrections = self._upload([1.0, 1.0, 1.0, self._round_us, 1.0])
         # [2] int32: choice of the last round
         self._current = ops.to_device([-1, 0], torch.int32, self._device)
         plans = [Plan.parse(config.plan, costs.num_layers)] if self._forced else []
@@ -73,15 +73,18 @@ class DeviceChooser:
             self._install(plans)
         self.set_acceptance(acceptance)
 
-    def set_acceptance(self, acceptance: AcceptanceModel) -> None:
-        """Passes on what is known of the plans' acceptance. Call it when its version has grown."""
-        values = [acceptance.alpha(plan) for plan in self._plans]
-        values += [acceptance.lower(plan) for plan in self._plans]
+    def set_acceptance(self, acceptance: AcceptanceModel, context: float | None = None) -> None:
+        """Passes on what is known of the plans' acceptance. Call it when its version has grown.
+
+        context: tokens a row of the batches to come; None: acceptance over all lengths.
+        """
+        values = [acceptance.alpha(plan, context) for plan in self._plans]
+        values += [acceptance.lower(plan, context) for plan in self._plans]
         self._alphas.copy_(self._upload(values).reshape(2, -1))
 
-    def set_corrections(self, plain: float, verify: float, draft: float) -> None:
-        """Passes on the factors of the batch's kind, see corrections.Corrections."""
-        self._corrections.copy_(self._upload([plain, verify, draft, self._round_us]))
+    def set_corrections(self, plain: float, verify: float, draft: float, kept: float = 1.0) -> None:
+        """Passes on the factors of the batch's kind, see Corrections and AcceptanceModel.kept."""
+        self._corrections.copy_(self._upload([plain, verify, draft, self._round_us, kept]))
 
     def choose(
         self,

@@ -10,6 +10,7 @@ better by `hysteresis`. What plain decoding takes is measured too. Pure Python.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 from knapspec_vllm.config import KnapSpecConfig
@@ -26,6 +27,8 @@ from knapspec_vllm.planner.types import Batch, Choice, Frontier, Plan, PlanEstim
 _CONTEXT_BUCKET = math.log(1.06)
 """Batches whose context lies within 6% share an evaluation."""
 _CACHE_ENTRIES = 256
+_LEAST_FED = 1.5
+"""Tokens a row: a step of fewer, and more than 1, shows neither what one token takes nor two."""
 
 
 class Policy:
@@ -129,8 +132,10 @@ class Policy:
             found.append((estimate.plan, table.rates.lengths[column], alpha, row[column]))
         return sorted(found, key=lambda entry: -entry[3])
 
-    def observe_step(self, batch: Batch, tokens_per_row: int, time_us: float) -> None:
-        """Learns what a round without its drafting took; tokens_per_row > 1: it verified."""
+    def observe_step(self, batch: Batch, tokens_per_row: float, time_us: float) -> None:
+        """Learns what a round without its drafting took; above 1 token a row it verified."""
+        if 1.0 < tokens_per_row < _LEAST_FED:
+            return
         predicted_us = self._costs.step_us(batch, tokens_per_row)
         part: Literal["plain", "verify"] = "verify" if tokens_per_row > 1 else "plain"
         self._corrections.observe(part, batch, predicted_us, time_us)
@@ -195,7 +200,7 @@ class Policy:
         speedup = table.speedups[index][column]
         length = table.rates.lengths[column]
         facts = f"acceptance {table.alphas[index]:.2f} at {table.saved[index]:.0%} saved"
-        if reason := self._decline_reason(table, index, column):
+        if reason := self._decline_reason(batch, table, index, column):
             return self._decline(batch, "no gain", f"{reason}: {facts}")
         return Choice(
             self._frontier.estimates[index].plan,
@@ -221,7 +226,9 @@ class Policy:
                 return table.best if best > kept else (index, column)
         return table.best
 
-    def _decline_reason(self, table: SpeedupTable, index: int, column: int) -> str | None:
+    def _decline_reason(
+        self, batch: Batch, table: SpeedupTable, index: int, column: int
+    ) -> str | None:
         if self._config.always_draft or self._config.draft_length is not None:
             return None
         speedup = table.speedups[index][column]
@@ -231,7 +238,8 @@ class Policy:
             return f"predicted speedup {speedup:.2f} < {needed:.2f}"
         if not self._speculating:
             assert self._frontier is not None
-            doubted = self._acceptance.lower(self._frontier.estimates[index].plan)
+            plan = self._frontier.estimates[index].plan
+            doubted = self._acceptance.lower(plan, batch.context_per_row)
             cautious = table.rates.row(doubted, table.draft_us[index])[column]
             if cautious < 1.0:
                 return f"predicted speedup {speedup:.2f} may be {cautious:.2f}"
@@ -244,7 +252,7 @@ class Policy:
         if table is None:
             assert self._frontier is not None
             plans = [estimate.plan for estimate in self._frontier.estimates]
-            alphas = [self._acceptance.alpha(plan) for plan in plans]
+            alphas = [self._acceptance.alpha(plan, batch.context_per_row) for plan in plans]
             table = SpeedupTable.of(self._rates(batch, lengths), plans, alphas)
             self._tables[key] = table
         return table
@@ -269,20 +277,19 @@ class Policy:
         layers = prices.num_layers
         kept = min(config.keep_first_layers + config.keep_last_layers, layers)
         items_us = max(1.0 - config.max_saving, kept / layers) * prices.target_items_us
-        rates = self._rates(batch, lengths)
+        rates = replace(self._rates(batch, lengths), kept=1.0)
         return max(rates.row(1.0, rates.draft_us(items_us)))
 
     def _rates(self, batch: Batch, lengths: tuple[int, ...]) -> Rates:
         return Rates.of(
-            self._costs,
-            batch,
-            lengths,
+            self._costs, batch, lengths,
             paper=self._config.objective == "paper",
             plain=self._corrections.factor("plain", batch),
             verify=self._corrections.factor("verify", batch),
             draft=self._corrections.factor("draft", batch),
             round_us=self._config.round_overhead_us or 0.0,
-        )
+            kept=self._acceptance.kept(batch.context_per_row),
+        )  # fmt: skip
 
 
 def alike(batch: Batch) -> tuple[int, int, tuple[float, ...]]:

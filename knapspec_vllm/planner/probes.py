@@ -48,7 +48,8 @@ class Probes:
         """
         rates, found = table.rates, []
         for index, plan in enumerate(plans):
-            row = rates.row(acceptance.upper(plan, _Z), table.draft_us[index])
+            hope = acceptance.upper(plan, batch.context_per_row, z=_Z)
+            row = rates.row(hope, table.draft_us[index])
             column = max(range(len(row)), key=row.__getitem__)
             found.append((row[column], index, column))
         hope, index, column = max(found)

@@ -20,13 +20,15 @@ class Rates:
     plain_us: float
     """What a speedup of 1 is: a plain decode step, overhead included."""
     verify_us: tuple[float, ...]
-    """Target step of each length, round overhead included."""
+    """Target step of each length, round overhead included; rows without room feed it less."""
     shares: tuple[float, ...]
     """Of the rows that may draft a token at each position, up to the longest length."""
     paper: bool
     """The published objective: no fixed part, no corrections, verify costs one step."""
     draft: float = 1.0
     """What a draft forward takes over what the curves say."""
+    kept: float = 1.0
+    """Drafted tokens that verification keeps over those that acceptance promises."""
 
     @classmethod
     def of(
@@ -40,10 +42,11 @@ class Rates:
         verify: float = 1.0,
         draft: float = 1.0,
         round_us: float = 0.0,
+        kept: float = 1.0,
     ) -> Rates:
         """plain, verify, draft: corrections of the parts of a round, see corrections.py.
 
-        round_us: what a speculative round costs on top.
+        round_us: what a speculative round costs on top. kept: see AcceptanceModel.kept.
         """
         prices = costs.prices(batch)
         room = batch.room or (1.0,) * lengths[-1]
@@ -53,8 +56,9 @@ class Rates:
             verify_us = (target_us,) * len(lengths)
             return cls(lengths, prices, target_us, verify_us, shares, paper)
         plain_us = plain * costs.step_us(batch, 1)
-        verify_us = tuple(verify * costs.step_us(batch, 1 + n) + round_us for n in lengths)
-        return cls(lengths, prices, plain_us, verify_us, shares, paper, draft)
+        fed = [1.0 + sum(shares[:n]) for n in lengths]
+        verify_us = tuple(verify * costs.step_us(batch, n) + round_us for n in fed)
+        return cls(lengths, prices, plain_us, verify_us, shares, paper, draft, kept)
 
     def draft_us(self, items_us: float) -> float:
         """A draft forward whose items cost items_us."""
@@ -63,15 +67,15 @@ class Rates:
     def row(self, alpha: float, draft_us: float) -> tuple[float, ...]:
         """Speedup of each length: TPT times the time of a plain step.
 
-        Where all rows have room, equals objective.throughput_tpt (or paper_tpt) for every length,
-        with E[tokens] carried from length to length: this runs for every plan whenever the batch
-        changes.
+        Where all rows have room and all that is promised is kept, equals
+        objective.throughput_tpt (or paper_tpt) for every length, with E[tokens] carried from
+        length to length: this runs for every plan whenever the batch changes.
         """
         first, plain_us, verify_us = self.lengths[0], self.plain_us, self.verify_us
         gained, chance, found = 1.0, 1.0, []
         for length, share in enumerate(self.shares, 1):
             chance *= alpha
-            gained += chance * share
+            gained += self.kept * chance * share
             if length >= first:
                 time_us = length * draft_us + verify_us[length - first]
                 found.append(gained * plain_us / time_us)

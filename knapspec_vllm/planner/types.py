@@ -137,6 +137,10 @@ class Batch:
     """Shares of the rows that may draft at least 1, 2, ... tokens; none beyond its end. Empty: all
     rows as many as are wanted. Rows with less room wait for the others' drafts and gain nothing."""
 
+    @property
+    def context_per_row(self) -> float:
+        return self.context_tokens / self.rows
+
     def __post_init__(self) -> None:
         if self.rows < 1 or self.context_tokens < 0:
             raise ValueError(

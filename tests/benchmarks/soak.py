@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pydoc_data.topics
 import random
 import statistics
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from arms import RESULTS, provenance
 
+from knapspec_vllm import cli
 from knapspec_vllm.bench.checkpoints import expand_blocks, smollm2
 from knapspec_vllm.bench.servers import Server, running
 from knapspec_vllm.commands.server_metrics import Reading, read, summary
@@ -38,6 +40,7 @@ NAME = "soak"
 WORDS = " ".join(pydoc_data.topics.topics.values()).split()
 SAMPLE_SECONDS = 5.0
 PUBLISH_SECONDS = 3.0
+MOST_DRAFTED = 6
 
 
 class Load:
@@ -126,6 +129,7 @@ def main() -> int:
     parser.add_argument(
         "--picture", type=Path, help="scrape with a Prometheus, and draw the dashboard at the end"
     )
+    parser.add_argument("--top", type=Path, help="save what `knapspec top` shows at the end (SVG)")
     parser.add_argument("--growth", type=float, default=0.05, help="most growth of memory")
     parser.add_argument("--name", default="soak", help="name of the result file")
     arguments = parser.parse_args()
@@ -133,7 +137,8 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="knapspec-soak-"))
     settings = {"store_dir": str(folder), **arguments.settings}
     selected = [
-        '--speculative-config={"method": "knapspec", "num_speculative_tokens": 6}',
+        "--speculative-config="
+        + json.dumps({"method": "knapspec", "num_speculative_tokens": MOST_DRAFTED}),
         f"--additional-config={json.dumps({'knapspec': settings})}",
     ]
     server = Server(
@@ -153,6 +158,9 @@ def main() -> int:
         print(f"ready; {arguments.streams} streams, log {server.log}", flush=True)
         result = pictured(server, arguments, folder)
     result |= {"provenance": provenance(), "settings": arguments.settings, "model": model.name}
+    # glibc keeps what it frees: a server's memory then grows for hours, plain vLLM's as well.
+    preloaded = os.getenv("LD_PRELOAD", "").split(":")
+    result["preloaded"] = [Path(file).name for file in preloaded if file]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{arguments.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: result[key] for key in ("load", "memory", "checks")}, indent=1))
@@ -196,6 +204,8 @@ def soak(server: Server, arguments: argparse.Namespace) -> dict[str, Any]:
                 f"{len(load.errors)} errors, {sum(samples[-1][1].values()):.0f} MiB",
                 flush=True,
             )
+    if arguments.top is not None:
+        cli.main(["top", server.url, "--once", "--picture", str(arguments.top)])
     load.stop.set()
     for thread in threads:
         thread.join(600)
@@ -224,8 +234,8 @@ def report(
     }
     first, last = (sum(by_name.values()) for by_name in memory.values())
 
-    def counted(name: str) -> float:
-        return after.total(name) - before.total(name)
+    def counted(name: str, **labels: str) -> float:
+        return after.total(name, **labels) - before.total(name, **labels)
 
     generated = counted("vllm:generation_tokens_total")
     drafted, accepted = (counted(f"knapspec:{n}_tokens_total") for n in ("draft", "accepted"))
@@ -233,6 +243,7 @@ def report(
     vllm_drafted = counted("vllm:spec_decode_num_draft_tokens_total")
     vllm_accepted = counted("vllm:spec_decode_num_accepted_tokens_total")
     most_lost = load.counts["hung_up"] * arguments.max_tokens
+    in_flight = load.counts["hung_up"] * MOST_DRAFTED
     checks: dict[str, tuple[bool, Any]] = {
         "no error": (not load.errors, load.errors[:5]),
         "memory": (last <= first * (1 + arguments.growth), f"{last / first - 1:+.2%}"),
@@ -241,13 +252,14 @@ def report(
             f"clients {load.counts['tokens']}, server {generated:.0f}, "
             f"{load.counts['hung_up']} hung up",
         ),
-        # A request that ends while its draft is being verified is counted by vLLM only.
+        # A request that ends while its draft is being verified is counted by vLLM only; one whose
+        # client hangs up meanwhile by KnapSpec only, as vLLM's scheduler has dropped it by then.
         "drafts": (
-            0 <= vllm_drafted - drafted - placeholders <= most_lost,
+            -in_flight <= vllm_drafted - drafted - placeholders <= most_lost,
             f"KnapSpec {drafted:.0f}, vLLM {vllm_drafted:.0f}, placeholders {placeholders:.0f}",
         ),
         "accepted": (
-            0 <= vllm_accepted - accepted <= placeholders + most_lost,
+            -in_flight <= vllm_accepted - accepted <= placeholders + most_lost,
             f"KnapSpec {accepted:.0f}, vLLM {vllm_accepted:.0f}",
         ),
     }
@@ -258,6 +270,11 @@ def report(
         "memory": {**memory, "samples": [(at, round(sum(m.values()), 1)) for at, m in samples]},
         "checks": {name: {"passed": ok, "found": found} for name, (ok, found) in checks.items()},
         "server": summary(before, after),
+        "round_seconds": {
+            f"{source} {what}": counted("knapspec:round_seconds_total", source=source, what=what)
+            for source in ("predicted", "observed")
+            for what in ("round", "plain")
+        },
     }
 
 

@@ -121,7 +121,7 @@ def test_the_planner_decides(smollm2_path, prompts, reference, tmp_path) -> None
         assert sum(proposer_of(llm).stats.drafted_by_position) <= metric(llm, DRAFTED)
         stats = proposer.snapshot()["stats"]
     assert stats["solves"] >= 3
-    assert stats["plan_changes"] > 3
+    assert sum(stats["plan_changes"].values()) > 3
     # Rounds were timed, and held against what was predicted of them.
     assert stats["measured_rounds"] > 20
     assert stats["phase_us"]["step"] > stats["phase_us"]["draft"] > 0

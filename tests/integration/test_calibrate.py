@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from engines import engine, greedy, proposer_of, text_prompts
 
+from knapspec_vllm.calibration import startup
+from knapspec_vllm.commands.fleet import merge, node_kinds
+from knapspec_vllm.hardware import cpu_name
 from knapspec_vllm.planner.costs import CostModel
 
 pytestmark = pytest.mark.slow
@@ -62,13 +65,19 @@ def check(report: dict, folder: Path) -> None:
         assert 0 < price["step_ms"] <= price["verify_ms"]
 
 
-def test_an_engine_uses_it(smollm2_path: Path, tmp_path: Path) -> None:
+def test_an_engine_uses_it(
+    smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (report,) = calibrate(smollm2_path, tmp_path)
     check(report, tmp_path)
     before = Path(report["path"]).read_text()
     knapspec = {"calibration": "auto", "store_dir": str(tmp_path / "store")}
     settings = {"max_model_len": 512, "max_num_seqs": 4, "num_speculative_tokens": 4}
+    said: list[str] = []
+    # Not caplog: vLLM's loggers pass nothing on to the root's handlers.
+    monkeypatch.setattr(startup.logger, "info", lambda text, *more: said.append(text % more))
     with engine(smollm2_path, knapspec, **settings) as llm:
+        assert f"KnapSpec uses the calibration stored in {report['path']}" in said
         proposer = proposer_of(llm)
         assert proposer.calibration["source"] == "stored"
         assert proposer.planning.policy.frontier.source == "stored"
@@ -82,6 +91,42 @@ def test_over_a_ray_cluster(smollm2_path: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     (report,) = calibrate(smollm2_path, tmp_path, "--ray", RAY_USAGE_STATS_ENABLED="0")
     check(report, tmp_path)
+
+
+def test_nodes_of_a_cluster_are_told_apart_by_device_and_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One of each kind is measured; those with fewer GPUs than the server has ranks are not."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    small = {"object_store_memory": 80_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **small})
+    try:
+        cluster.add_node(num_cpus=2, **small)
+        cluster.add_node(num_cpus=3, **small)
+        for name, gpus in (("H100", 4), ("H100", 8), ("L4", 1)):
+            resources = {f"accelerator_type:{name}": 1}
+            cluster.add_node(num_cpus=1, num_gpus=gpus, resources=resources, **small)
+        ray.init(address=cluster.address, log_to_driver=False)
+        kinds = node_kinds(ray, ranks=2)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert set(kinds) == {"H100", f"{cpu_name()}, 2 CPUs", f"{cpu_name()}, 3 CPUs"}
+    assert kinds["H100"]["Resources"]["GPU"] in (4, 8)
+
+
+def test_entries_of_several_nodes_go_into_one_store(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    merge({"h100-a.json": "1"}, store)
+    assert merge({"l4-a.json": "2"}, store) == store / "l4-a.json"
+    merge({"h100-a.json": "3"}, store)  # measured again
+    assert {p.name: p.read_text() for p in store.iterdir()} == {
+        "h100-a.json": "3",
+        "l4-a.json": "2",
+    }
 
 
 def test_another_method_is_refused(tmp_path: Path) -> None:

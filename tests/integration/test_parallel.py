@@ -22,16 +22,36 @@ pytestmark = pytest.mark.slow
 #: Prints the tokens, what was counted, and what each rank has drafted.
 PROGRAM = """
 import json, sys
+from dataclasses import replace
 from vllm import LLM, SamplingParams
 from knapspec_vllm.bench.inspection import knapspec_snapshot
 settings, prompts = json.loads(sys.argv[1])
+
+def report(worker):
+    # Of mismatches, at every broadcast.
+    import knapspec_vllm.draft.agreement as agreement
+    agreement._REPORT_EVERY = 1
+
+def diverge(worker):
+    # The second rank believes that it has drafted something else than the first.
+    drafter = worker.model_runner.drafter
+    if worker.rank == 1:
+        planning = drafter.planning
+        planning.last_choice = replace(planning.last_choice, plan=None, draft_length=0)
+
 if settings.get("distributed_executor_backend") == "ray":
     import ray
     ray.init(num_gpus=2, num_cpus=4, include_dashboard=False)
 llm = LLM(**settings)
+llm.collective_rpc(report)
 params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
 requests = [{"prompt_token_ids": ids} for ids in prompts]
 tokens = [list(o.outputs[0].token_ids) for o in llm.generate(requests, params, use_tqdm=False)]
+if sys.argv[2:] == ["diverge"]:
+    llm.collective_rpc(diverge)
+    for _ in range(2):
+        after = llm.generate(requests, params, use_tqdm=False)
+    tokens = [list(o.outputs[0].token_ids) for o in after]
 ranks = [json.loads(text) for text in llm.collective_rpc(knapspec_snapshot)]
 llm.llm_engine.engine_core.shutdown()
 print("RESULT", json.dumps([tokens, ranks]))
@@ -49,13 +69,13 @@ KNAPSPEC = {
 RAY_ON_CPU = Path(__file__).parent / "ray_on_cpu"
 
 
-def run(model: Path, **settings: object) -> tuple[list[list[int]], list[dict | None]]:
+def run(model: Path, *more: str, **settings: object) -> tuple[list[list[int]], list[dict | None]]:
     settings = {
         "model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 256,
         "max_num_seqs": 4, "skip_tokenizer_init": True, **settings,
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps([settings, PROMPTS])],
+        [sys.executable, "-c", PROGRAM, json.dumps([settings, PROMPTS]), *more],
         capture_output=True, text=True, timeout=500, check=False, stdin=subprocess.DEVNULL,
         env={
             **os.environ, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -91,6 +111,18 @@ def test_two_ranks_give_the_tokens_of_one(
     )  # fmt: skip
     assert tokens == expected
     assert agreed(ranks)["draft_tokens"] > 0
+    assert [rank["tp_plan_mismatches"] for rank in ranks] == [0, 0]
+
+
+def test_a_rank_that_differs_is_counted(model: Path, expected: list[list[int]]) -> None:
+    """Both ranks know of it, and they go on with what the first decides."""
+    config = {**KNAPSPEC, "resolve": False, "plan": "skip mlp:2", "draft_length": None}
+    tokens, ranks = run(
+        model, "diverge", tensor_parallel_size=2, distributed_executor_backend="mp",
+        speculative_config=config,
+    )  # fmt: skip
+    assert tokens == expected
+    assert [rank["tp_plan_mismatches"] for rank in ranks] == [1, 1]
 
 
 def agreed(ranks: list[dict | None]) -> dict:
@@ -117,4 +149,5 @@ def test_two_ranks_decline_together(model: Path, expected: list[list[int]]) -> N
     )  # fmt: skip
     assert tokens == expected
     stats = agreed(ranks)
+    assert ranks[0]["layers"] == 4  # though nothing has drafted
     assert sum(stats["declined_rounds"].values()) > 10, stats

@@ -150,7 +150,7 @@ def plan(batch: int = 64, paper: bool = False) -> object:
         torch.empty(32, 3),
         torch.empty(2, 32),
         torch.empty(batch, dtype=torch.int32),
-        torch.empty(4),
+        torch.empty(5),
         torch.empty(3),
         torch.empty(2, dtype=torch.int32),
         max_draft_length=8,

@@ -34,7 +34,7 @@ class Case:
     mean: list[float]
     lower: list[float]
     lengths: list[int]
-    corrections: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 0.0)
+    corrections: tuple[float, ...] = (1.0, 1.0, 1.0, 0.0, 1.0)
     thresholds: tuple[float, float, float] = (0.03, ALWAYS, ALWAYS)
     current: tuple[int, int] = (-1, 0)
     longest: int = 8
@@ -53,7 +53,7 @@ class Case:
             floats(self.counts, plans, 3),
             floats([self.mean, self.lower], 2, plans),
             torch.tensor(self.lengths, dtype=self.length_dtype, device=device),
-            floats(self.corrections, 4),
+            floats(self.corrections, 5),
             floats(self.thresholds, 3),
             torch.tensor(self.current, dtype=torch.int32, device=device),
         ]
@@ -71,9 +71,9 @@ def naive_table(case, alphas):
     items.append(case.costs.item_us("mlp", Mode.FULL, batch))
     fixed_us, plain_us = case.costs.fixed_us(batch), case.costs.step_us(batch, 1)
     steps_us = [case.costs.step_us(batch, 2 + n) for n in range(case.longest)]
-    plain, verify, draft, round_us = case.corrections
+    plain, verify, draft, round_us, kept = case.corrections
     if case.paper:
-        plain = verify = draft = 1.0
+        plain = verify = draft = kept = 1.0
         round_us = 0.0
         fixed_us, plain_us = 0.0, case.costs.num_layers * (items[0] + items[2])
         steps_us = [plain_us] * case.longest
@@ -83,7 +83,8 @@ def naive_table(case, alphas):
     for counts, alpha in zip(case.counts, alphas, strict=True):
         items_us = sum(count * us for count, us in zip(counts, items, strict=True))
         draft_us = draft * (fixed_us + items_us)
-        tokens = [sum(alpha**power for power in range(n + 2)) for n in range(case.longest)]
+        powers = [[alpha**power for power in range(1, n + 2)] for n in range(case.longest)]
+        tokens = [1.0 + kept * sum(column) for column in powers]
         times_us = [(n + 1) * draft_us + steps_us[n] for n in range(case.longest)]
         table.append([plain_us * n / us for n, us in zip(tokens, times_us, strict=True)])
     return table
@@ -160,7 +161,11 @@ def random_case(rng, plans, rows, longest):
         mean=mean,
         lower=[value * rng.uniform(0.7, 1.0) for value in mean],
         lengths=[rng.choice([0, rng.randint(1, 4000)]) for _ in range(rows)],
-        corrections=(*(rng.uniform(0.7, 1.5) for _ in range(3)), rng.uniform(0, 200)),
+        corrections=(
+            *(rng.uniform(0.7, 1.5) for _ in range(3)),
+            rng.uniform(0, 200),
+            rng.uniform(0.5, 1.0),
+        ),
         thresholds=(rng.choice([0.0, 0.03, 0.3]), rng.uniform(0.9, 1.6), rng.uniform(0.9, 1.3)),
         current=rng.choice([(-1, 0), (rng.randrange(plans), rng.randint(1, longest)), (-1, 3)]),
         longest=longest,

@@ -73,19 +73,22 @@ def test_dockerfiles(path: Path) -> None:
         assert name in ignore
 
 
-def test_image_contents_make_a_wheel(tmp_path: Path) -> None:
-    """The `wheel` stage with the files that .dockerignore lets through."""
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_image_contents_make_a_wheel(path: Path, tmp_path: Path) -> None:
+    """With the files that its .dockerignore lets through, which are all that it copies."""
     source = tmp_path / "src"
     source.mkdir()
-    for name in (DOCKER / "Dockerfile.dockerignore").read_text().split():
+    for name in (DOCKER / f"{path.name}.dockerignore").read_text().split():
         if name.startswith("!"):
-            path = ROOT / name[1:]
-            copy_to = source / name[1:]
-            if path.is_dir():
+            wanted, copy_to = ROOT / name[1:], source / name[1:]
+            copy_to.parent.mkdir(parents=True, exist_ok=True)
+            if wanted.is_dir():
                 ignore = shutil.ignore_patterns("__pycache__")
-                shutil.copytree(path, copy_to, ignore=ignore, symlinks=True)
+                shutil.copytree(wanted, copy_to, ignore=ignore, symlinks=True)
             else:
-                shutil.copy(path, copy_to)
+                shutil.copy(wanted, copy_to)
+    script = re.search(r"python3? (\S+\.py) ", path.read_text())
+    assert script is None or (source / script[1]).exists()
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation"]
     subprocess.run(
         [*pip, "--no-deps", "--wheel-dir", tmp_path / "wheels", source], check=True, timeout=300

@@ -91,6 +91,75 @@ def test_overlays(overlay: Path) -> None:
     assert parsed.port in ports
 
 
+def _by_name(value: Any) -> Any:
+    """Lists of named things in the order of their names: kustomize puts a patch's first."""
+    if isinstance(value, dict):
+        return {key: _by_name(part) for key, part in value.items()}
+    if isinstance(value, list):
+        value = [_by_name(part) for part in value]
+        if all(isinstance(part, dict) and "name" in part for part in value):
+            return sorted(value, key=lambda part: part["name"])
+    return value
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl, for its kustomize")
+@pytest.mark.parametrize("scaled", [False, True], ids=["one", "autoscaling"])
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
+def test_kustomize_builds_what_is_tested_here(overlay: Path, scaled: bool, tmp_path: Path) -> None:
+    """And every document of it is one that Kubernetes takes, with the autoscaling component too."""
+    import kubernetes_validate
+
+    tree = tmp_path / "kubernetes"
+    shutil.copytree(KUBERNETES, tree)
+    folder = tree / "overlays" / overlay.name
+    if scaled:
+        with (folder / "kustomization.yaml").open("a") as file:
+            file.write("components:\n  - ../../components/autoscaling\n")
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    built = {d["kind"]: d for d in yaml.safe_load_all(done.stdout)}
+    for document in built.values():
+        if document["apiVersion"] in CORE:
+            version = kubernetes_validate.latest_version()
+            kubernetes_validate.validate(document, version, strict=True)
+    name = built["ConfigMap"]["metadata"]["name"]
+    assert built["ConfigMap"]["data"]["serve.yaml"] == (overlay / "serve.yaml").read_text()
+    expected = overlay_deployment(overlay)
+    pod = expected["spec"]["template"]["spec"]
+    (image,) = yaml.safe_load((overlay / "kustomization.yaml").read_text())["images"]
+    pod["containers"][0]["image"] = f"{image['newName']}:{image['newTag']}"
+    (volume,) = [v for v in pod["volumes"] if v["name"] == "config"]
+    volume["configMap"]["name"] = name
+    assert _by_name(built["Deployment"]) == _by_name(expected)
+    modes = built["PersistentVolumeClaim"]["spec"]["accessModes"]
+    assert modes == (["ReadWriteMany"] if scaled else ["ReadWriteOnce"])
+    assert ("HorizontalPodAutoscaler" in built) == scaled
+
+
+def test_adapter_has_the_metric_that_replicas_are_scaled_on() -> None:
+    component = KUBERNETES / "components" / "autoscaling"
+    scaler = yaml.safe_load((component / "autoscaler.yaml").read_text())
+    (metric,) = scaler["spec"]["metrics"]
+    values = yaml.safe_load((component / "prometheus-adapter-values.yaml").read_text())
+    (rule,) = values["rules"]["custom"]
+    assert rule["name"]["as"] == metric["pods"]["metric"]["name"]
+    assert re.fullmatch(rule["name"]["matches"], rule["seriesQuery"].partition("{")[0])
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted([*(ROOT / "configs" / "serve").glob("*.yaml"), *KUBERNETES.rglob("serve.yaml")]),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_every_key_of_a_serve_config_is_explained(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    keys = [i for i, line in enumerate(lines) if line.strip() and not line.strip().startswith("#")]
+    bare = [lines[i] for i in keys if not lines[i - 1].strip().startswith("#")]
+    assert not bare
+
+
 def test_probes_leave_time_for_the_first_start() -> None:
     """Twenty minutes: loading, compiling, capturing, calibrating."""
     container = overlay_deployment(OVERLAYS[0])["spec"]["template"]["spec"]["containers"][0]
@@ -123,7 +192,7 @@ def test_service_and_monitor_find_the_pods() -> None:
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm, which has the CRDs' schemas")
-@pytest.mark.parametrize("kind", ["ServiceMonitor", "PrometheusRule"])
+@pytest.mark.parametrize("kind", ["ServiceMonitor", "PrometheusRule", "PodMonitor"])
 def test_custom_resources_of_the_prometheus_operator(
     kind: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -138,7 +207,7 @@ def test_custom_resources_of_the_prometheus_operator(
         if done.returncode:
             pytest.skip("npm cannot fetch the schemas here")
         fresh.rename(folder)
-    (document,) = [d for _, d in documents(KUBERNETES / "base") if d["kind"] == kind]
+    (document,) = [d for _, d in documents(KUBERNETES) if d["kind"] == kind]
     script = (
         "import * as v1 from '@kubernetes-models/prometheus-operator/monitoring.coreos.com/v1';"
         f"new v1.{kind}(JSON.parse(process.argv[1])).validate();"
@@ -148,7 +217,8 @@ def test_custom_resources_of_the_prometheus_operator(
     good = subprocess.run([*command, json.dumps(document)], check=False, **environment)
     assert good.returncode == 0, good.stderr
     wrong = copy.deepcopy(document)
-    wrong["spec"] = {"endpoints" if kind == "ServiceMonitor" else "groups": "none"}
+    lists = {"ServiceMonitor": "endpoints", "PodMonitor": "podMetricsEndpoints"}
+    wrong["spec"] = {lists.get(kind, "groups"): "none"}
     assert subprocess.run([*command, json.dumps(wrong)], check=False, **environment).returncode
 
 
@@ -158,7 +228,8 @@ def test_ray_service() -> None:
 
     schema = pytest.importorskip("ray.serve.schema")
     llm = pytest.importorskip("ray.serve.llm")
-    claim, service = [d for _, d in documents(KUBERNETES / "kuberay")]
+    of = {d["kind"]: d for _, d in documents(KUBERNETES / "kuberay")}
+    claim, service = of["PersistentVolumeClaim"], of["RayService"]
     mounted = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
     claims = [v.get("persistentVolumeClaim") for v in mounted["volumes"]]
     assert {"claimName": claim["metadata"]["name"]} in claims
@@ -172,6 +243,10 @@ def test_ray_service() -> None:
         }  # fmt: skip
         version = kubernetes_validate.latest_version()
         kubernetes_validate.validate(template, version, strict=True)
+    (scraped,) = of["PodMonitor"]["spec"]["podMetricsEndpoints"]
+    for group in groups:
+        ports = group["template"]["spec"]["containers"][0]["ports"]
+        assert scraped["port"] in [port["name"] for port in ports]
     images = {group["template"]["spec"]["containers"][0]["image"] for group in groups}
     assert len(images) == 1, "vLLM loads the plugin on every node"
     assert cluster["rayVersion"] in images.pop()

@@ -4,6 +4,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -72,6 +73,17 @@ def test_store(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     assert by_name(doctor.examine(store_dir=str(file)), "calibration store").status == "warn"
+
+
+def test_scheduling() -> None:
+    """Only a GPU has something to lose by it."""
+    for device, on, warned in (("cuda", False, 1), ("cuda", True, 0), ("cpu", False, 0)):
+        config = SimpleNamespace(
+            device_config=SimpleNamespace(device_type=device),
+            scheduler_config=SimpleNamespace(async_scheduling=on),
+        )
+        found = doctor._scheduling(config)
+        assert [check.status for check in found] == ["warn"] * warned
 
 
 def test_worst() -> None:

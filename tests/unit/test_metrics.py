@@ -32,6 +32,7 @@ def stats() -> Stats:
     made.add_round(step_us=900_000.0, own_us=1e5, draft_us=5e5, solve_us=2e5)
     made.add_prediction(speedup=1.5, round_us=1e6, plain_us=3e6, time_us=2e6)
     made.clipped_rows["request"] += 2
+    made.plan_changes["plan"] += 1
     return made
 
 
@@ -42,6 +43,7 @@ def state(of: Stats) -> dict:
         "skipped": {"attention": 3, "mlp": 1},
         "windowed": 2,
         "layers": 30,
+        "tp_plan_mismatches": 2,
         "draft_length": 4,
         "predicted_speedup": 1.5,
         "believed_acceptance": 0.9,
@@ -104,7 +106,10 @@ def test_a_page_shows_what_was_counted(tmp_path: Path) -> None:
     assert found["knapspec:batch_size_bucket", batch] == 1
     assert found["knapspec:round_seconds_total", (("source", "observed"), ("what", "plain"))] == 3
     assert found["knapspec:plan_skipped_blocks", (("kind", "attention"),)] == 3
+    assert found["knapspec:plan_changes_total", (("reason", "plan"),)] == 1
+    assert found["knapspec:plan_changes_total", (("reason", "stop"),)] == 0
     assert found["knapspec:enabled", ()] == 1
+    assert found["knapspec:tp_plan_mismatch_total", ()] == 2
     assert found["knapspec:clipped_rows_total", (("reason", "request"),)] == 2
     assert found["knapspec:calibration_info", (("hardware", "a CPU"), ("source", "stored"))] == 1
     assert found["knapspec:calibration_age_seconds", ()] > 1e6

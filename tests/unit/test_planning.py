@@ -15,7 +15,7 @@ from knapspec_vllm.metrics.stats import Stats
 from knapspec_vllm.planner.types import Batch, Choice
 from tests.helpers_policy import HALF, LAYERS, LIGHT, costs, frontier
 
-ONE_RANK = SimpleNamespace(leads=True, alone=True, share=lambda value: value)
+ONE_RANK = SimpleNamespace(leads=True, alone=True, share=lambda value, seen=None: value)
 
 
 def planning(hits: int, **settings: Any) -> tuple[Planning, list[Batch]]:
@@ -123,7 +123,7 @@ def test_out_of_memory_ends_solving_and_not_the_server(
         raise torch.OutOfMemoryError("no room")
 
     made.solving._solve = solve  # type: ignore[method-assign, assignment]
-    ranks: Any = SimpleNamespace(leads=True, alone=alone, share=lambda value: value)
+    ranks: Any = SimpleNamespace(leads=True, alone=alone, share=lambda value, seen=None: value)
     made.solving._agreement = ranks
     references: Any = SimpleNamespace(tokens=[1])
     made.request_solve()
@@ -143,3 +143,23 @@ def test_drafting_is_decided_every_round() -> None:
     found = rounds(made, 5)
     assert all(choice.plan == HALF for choice in found)
     assert len(asked) == 5
+    assert made._stats.plan_changes == {"start": 1}
+
+
+def test_acceptance_is_learned_for_the_batch_that_drafted() -> None:
+    """Rows of 300 and 20,000 tokens, decided on together: neither length is asked for."""
+    made, _ = planning(hits=1000, feedback_half_life=1e9)
+    batch = Batch(2, 20_300)
+    assert made.choose(batch, 4, lambda: None).plan == HALF
+    for _ in range(100):
+        for row in (300, 20_000):
+            made.feedback(HALF, 0, 4, row)
+    # 200 rejections; 64 borrowed ones would leave 0.94.
+    assert made.acceptance.alpha(HALF, batch.context_per_row) < 0.9
+
+
+def test_changes_of_plan_are_told_apart() -> None:
+    made, _ = planning(hits=1000)
+    for plan in (HALF, HALF, LIGHT, None, None, HALF):
+        made._note(Choice(plan, 3 if plan else 0, 1.2, "test", "" if plan else "no gain"), ALONE)
+    assert made._stats.plan_changes == {"start": 2, "plan": 1, "stop": 1}

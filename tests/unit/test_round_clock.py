@@ -11,7 +11,7 @@ import pytest
 from knapspec_vllm.draft import round_clock
 from knapspec_vllm.draft.round_clock import RoundClock
 from knapspec_vllm.metrics.stats import Stats
-from knapspec_vllm.planner.types import Batch, Choice
+from knapspec_vllm.planner.types import Batch, Choice, Plan
 
 BATCH = Batch(1, 100)
 CHOICE = Choice(None, 0, 1.0, "test", "no gain", round_us=10_000.0)
@@ -86,3 +86,22 @@ def test_a_pause_is_no_round_but_slow_rounds_are(monkeypatch: pytest.MonkeyPatch
     for _ in range(9):
         slow.round(500.0)
     assert slow.taught == [501_000] * 2
+
+
+def test_rows_of_different_drafts_teach_by_what_they_feed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two rows opted out: in mixed traffic hardly a round has drafts of one length."""
+    driver = Driver(monkeypatch)
+    fed: list[float] = []
+    driver.planning.policy.observe_step = lambda batch, tokens, time_us: fed.append(tokens)
+    driver.planning.policy.observe_draft = lambda *_: None
+    rows: Any = Rows(["a", "b"])
+    rows.index = [0, 1]
+    plan = Plan.parse("skip mlp:1", 4)
+    choice = Choice(plan, 3, 1.5, "test", round_us=20_000.0)
+    for drafts in ([3, 0], [3, 3], [2, 3]):
+        driver.clock.entered()
+        driver.clock.ended(Batch(2, 100), rows, choice, drafts, 1000.0, 0.0, False)
+        driver.now += 0.02
+        driver.clock.entered()
+        driver.clock.verified(driver.planning, rows, 2 + sum(drafts), [[5], [5]])
+    assert fed == [2.5, 4.0, 3.5]

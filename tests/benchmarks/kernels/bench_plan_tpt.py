@@ -64,7 +64,7 @@ def case(plans: int, longest: int, rows: int) -> Case:
         torch.randint(0, LAYERS // 2, (plans, 3), device=device).float(),
         torch.rand(2, plans, device=device),
         torch.full((rows,), CONTEXT, dtype=torch.int32, device=device),
-        upload(1.0, 1.0, 1.0, 200.0),
+        upload(1.0, 1.0, 1.0, 200.0, 0.9),
         upload(0.03, 1.1, 1.05),
         torch.tensor([0, min(4, longest)], dtype=torch.int32, device=device),
     )

@@ -5,7 +5,13 @@ import random
 
 import pytest
 
-from knapspec_vllm.planner.acceptance import NEUTRAL_ALPHA, NEUTRAL_TRIALS, AcceptanceModel
+from knapspec_vllm.planner.acceptance import (
+    BORROWED_TRIALS,
+    NEUTRAL_ALPHA,
+    NEUTRAL_TRIALS,
+    AcceptanceModel,
+)
+from knapspec_vllm.planner.objective import expected_tokens
 from knapspec_vllm.planner.types import Plan
 
 PLAN = Plan.parse("skip mlp:1", 4)
@@ -65,6 +71,65 @@ def test_feedback_finds_the_truth():
     # Half a life of 256 drafted tokens remembers about 180 verified ones: s.e. 0.036.
     assert model.alpha(PLAN) == pytest.approx(0.6, abs=0.1)
     assert model.drift(PLAN) == pytest.approx(0.6 - 0.98, abs=0.13)
+
+
+def test_every_length_of_context_has_its_own_acceptance():
+    """What other lengths show counts as BORROWED_TRIALS tokens, until a length has shown enough."""
+    model = AcceptanceModel(feedback_half_life=1e12)
+    model.prior(PLAN, 31, 32)
+    for _ in range(100):
+        model.observe(PLAN, 8, 8, 2000)
+    assert model.alpha(PLAN, 1500) == model.alpha(PLAN, 4000)
+    assert model.lower(PLAN, 5000) < model.lower(PLAN, 2000)
+    mean, weight = model._posterior(PLAN, 2000)[0] - 800, 32 + 8
+    borrowed = (mean + BORROWED_TRIALS) / (weight + BORROWED_TRIALS)
+    assert model.alpha(PLAN, 5000) == pytest.approx(borrowed)
+    version = model.version
+    for _ in range(50):
+        model.observe(PLAN, 4, 8, 5000)
+    assert model.version > version
+    mean = model._posterior(PLAN, 2000)[0] - 800 - 200 * 64 / 250
+    here = (mean + 200 + BORROWED_TRIALS) / (weight + 250 + BORROWED_TRIALS)
+    assert model.alpha(PLAN, 5000) == pytest.approx(here)
+    assert model.alpha(PLAN, 5000) < 0.86 < 0.9 < model.alpha(PLAN, 2000)
+    assert model.alpha(PLAN, 5000) < model.alpha(PLAN) < model.alpha(PLAN, 2000)
+    # Another length borrows from both, and forgetting takes all of it.
+    assert model.alpha(PLAN, 5000) < model.alpha(PLAN, 99999) < model.alpha(PLAN, 2000)
+    model.forget(share=1.0)
+    assert model.alpha(PLAN, 5000) == model.alpha(PLAN, 2000)
+
+
+def mixed(first: float, second: float, rounds: int) -> tuple[AcceptanceModel, float]:
+    """Rows of two acceptances in turn, four tokens each; and what was accepted of a draft."""
+    model, generator, total = AcceptanceModel(feedback_half_life=1e12), random.Random(1), 0
+    model.prior(PLAN, 31, 32)
+    for number in range(2 * rounds):
+        accepted = 0
+        while accepted < 4 and generator.random() < (first, second)[number % 2]:
+            accepted += 1
+        model.observe(PLAN, accepted, 4, 500)
+        total += accepted
+    return model, total / rounds / 2
+
+
+def test_rows_that_differ_keep_less_than_one_acceptance_promises():
+    model, accepted = mixed(0.98, 0.5, 2000)
+    promised = expected_tokens(model.alpha(PLAN, 500), 4) - 1.0
+    assert accepted < 0.95 * promised
+    assert accepted == pytest.approx(model.kept(500) * promised, rel=0.02)
+    assert model.kept(5000) == 1.0  # nothing was seen there
+    alike, accepted = mixed(0.8, 0.8, 2000)
+    assert alike.kept(500) == pytest.approx(1.0, abs=0.02)
+    model.forget(share=1.0)
+    assert model.kept(500) == 1.0
+
+
+def test_luck_promises_no_more_than_acceptance():
+    model = AcceptanceModel()
+    model.prior(PLAN, 16, 32)
+    for _ in range(10):
+        model.observe(PLAN, 8, 8)
+    assert model.kept(0) == 1.0
 
 
 def test_drift_waits_for_data():

@@ -3,7 +3,7 @@
 
 import pytest
 
-from knapspec_vllm.planner.corrections import Corrections
+from knapspec_vllm.planner.corrections import Corrections, kind_of
 from knapspec_vllm.planner.types import Batch
 
 ONE, LONG, MANY = Batch(1, 300), Batch(1, 5000), Batch(8, 2400)
@@ -147,3 +147,9 @@ def test_disabled_learns_nothing():
     made.observe("plain", ONE, 100.0, 150.0)
     assert made.factor("plain", ONE) == 1.0
     assert made.version == 0
+
+
+def test_a_full_server_and_one_that_waits_for_the_next_request_are_of_a_kind():
+    kinds = [kind_of(Batch(rows, 500 * rows)) for rows in range(1, 34)]
+    changes = [rows for rows in range(2, 34) if kinds[rows - 1] != kinds[rows - 2]]
+    assert changes == [2, 3, 5, 9, 17, 33]

@@ -2,7 +2,8 @@
 """`DeviceChooser` against `Policy`: the same decisions over many rounds of the same history.
 
 Float32 against float64 may differ where a decision is within 1e-5 of a tie; such rounds are let
-pass, counted, and both go on from the choice of `Policy`.
+pass, counted, and both go on from the choice of `Policy`. Over 300 lines because both sides of
+every history are driven by one class.
 """
 
 import random
@@ -63,11 +64,13 @@ class Pair:
 
     def choose(self, lengths, max_draft_length=MOST):
         """The choice of both: (plan or None, draft length)."""
-        self.chooser.set_acceptance(self.acceptance)
         batch = Batch(max(sum(n > 0 for n in lengths), 1), sum(lengths))
+        self.chooser.set_acceptance(self.acceptance, batch.context_per_row)
         corrections = self.policy._corrections
         parts = ("plain", "verify", "draft")
-        self.chooser.set_corrections(*(corrections.factor(part, batch) for part in parts))
+        factors = [corrections.factor(part, batch) for part in parts]
+        kept = self.acceptance.kept(batch.context_per_row)
+        self.chooser.set_corrections(*factors, kept)
         self.policy._tables.clear()  # else a batch whose context is within 6% may be priced for it
         tie = self._near_tie(batch, max_draft_length)
         found = self.chooser.choose(torch.tensor(lengths, device=DEVICE), max_draft_length)
@@ -97,7 +100,8 @@ class Pair:
         table = policy._table(batch, lengths)
         index, column = policy._with_hysteresis(table)
         chosen = table.speedups[index][column]
-        doubted = self.acceptance.lower(policy.frontier.estimates[index].plan)
+        plan = policy.frontier.estimates[index].plan
+        doubted = self.acceptance.lower(plan, batch.context_per_row)
         values = sorted((value for row in table.speedups for value in row), reverse=True)
         margin = self.config.min_speedup - 1.0
         limits = [1.0 + margin, 1.0 + 0.5 * margin]
@@ -186,7 +190,8 @@ def test_random_histories(settings, implementation):
             batch = Batch(sum(n > 0 for n in lengths), sum(lengths))
             pair.observe_round(batch, plan, length, rng.uniform(0.8, 1.3))
             if plan is not None:
-                pair.acceptance.observe(plan, rng.randint(0, length), length)
+                accepted = rng.randint(0, length)
+                pair.acceptance.observe(plan, accepted, length, int(batch.context_per_row))
         rounds, ties = rounds + pair.rounds, ties + pair.ties
         drafted, declined = drafted + pair.drafted, declined + pair.declined
     assert ties <= rounds // 20

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from knapspec_vllm.config import KnapSpecConfig
-from knapspec_vllm.planner.acceptance import AcceptanceModel
+from knapspec_vllm.planner.acceptance import AcceptanceModel, _bucket, _Seen
 from knapspec_vllm.planner.objective import paper_tpt, throughput_tpt
 from knapspec_vllm.planner.policy import Policy
 from knapspec_vllm.planner.types import Batch, Plan
@@ -79,8 +79,8 @@ def test_stops_half_way_to_one_not_at_the_start_threshold():
     assert made.choose(BATCH, 1).plan == HALF
 
     def settle(alpha):  # speedup = (1 + alpha) / 1.75
-        evidence = acceptance._plans[HALF]
-        evidence.accepted, evidence.rejected = 1e7 * alpha, 1e7 * (1 - alpha)
+        seen = {_bucket(BATCH.context_per_row): _Seen(1e7 * alpha, 1e7 * (1 - alpha))}
+        acceptance._plans[HALF].seen = seen
         acceptance.version += 1
 
     settle(0.78)  # 1.017: would not start at 1.03, goes on above 1.015
@@ -230,6 +230,30 @@ def test_declining_for_long_forgets_what_was_learned():
     for _ in range(51):
         made.choose(BATCH, 4)
     assert acceptance.alpha(HALF) > low
+
+
+def test_mixed_rows_teach_what_verifying_takes():
+    """Of ten rows one has opted out, always: a verify step that takes twice what the curves say has
+    to be noticed all the same. A server of 16 clients drafted at 0.89 where 1.21 was predicted."""
+    made, _ = policy(frontier((HALF, 990)), round_overhead_us=None)
+    batch = Batch(10, 10_000, (0.9,) * 8)
+    drafted = []
+    for _ in range(200):
+        choice = made.choose(batch, 8)
+        drafted.append(choice.draft_length > 0)
+        fed = 1 + 0.9 * choice.draft_length
+        time_us = made.costs.step_us(batch, fed) * (2.0 if choice.draft_length else 1.0)
+        made.observe_step(batch, fed, time_us)
+        if choice.plan is not None:
+            draft_us = choice.draft_length * made.costs.draft_us(choice.plan, batch)
+            made.observe_draft(batch, choice.plan, choice.draft_length, draft_us)
+    assert any(drafted[:20])
+    table = made._table(batch, made._lengths(8))
+    plain_us = made.plain_us(batch)
+    for length, verify_us in zip(table.rates.lengths, table.rates.verify_us, strict=True):
+        true_us = 2.0 * made.costs.step_us(batch, 1 + 0.9 * length)
+        assert verify_us == pytest.approx(true_us, rel=0.05), length
+    assert plain_us == pytest.approx(1000.0)
 
 
 def test_equal_inputs_give_equal_choices():

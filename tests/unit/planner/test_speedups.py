@@ -60,7 +60,8 @@ def test_tokens_of_rows_with_less_room_are_those_of_a_simulation():
             while accepted < min(limit, 5) and generator.random() < 0.9:
                 accepted += 1
             gained += 1 + accepted
-    plain_us, round_us = (COSTS.step_us(Batch(4, 800), n) for n in (1, 6))
+    # The step feeds (5 + 5 + 2 + 0) / 4 drafted tokens a row and one more.
+    plain_us, round_us = (COSTS.step_us(Batch(4, 800), n) for n in (1, 4))
     want = gained / (4 * rounds) * plain_us / (5 * 300.0 + round_us)
     assert row(room)[4] == pytest.approx(want, rel=0.01)
 
@@ -69,7 +70,7 @@ def test_nobody_gains_beyond_the_last_room():
     longer = row((1.0, 0.5))
     plain_us = COSTS.step_us(Batch(4, 800), 1)
     for length in (2, 3, 8):
-        round_us = length * 300.0 + COSTS.step_us(Batch(4, 800), 1 + length)
+        round_us = length * 300.0 + COSTS.step_us(Batch(4, 800), 2.5)
         want = (1.0 + 0.9 + 0.5 * 0.81) * plain_us / round_us
         assert longer[length - 1] == pytest.approx(want)
 
@@ -91,3 +92,18 @@ def candidates(limits: list[int]) -> Candidates:
 )
 def test_room(limits: list[int], room: tuple[float, ...]):
     assert candidates(limits).room == room
+
+
+def test_tokens_that_are_kept_and_steps_of_rows_without_room():
+    """A step in which some row feeds two tokens costs no less than if all did."""
+    batch, shares = Batch(4, 800, (0.5, 0.25)), (0.5, 0.75)
+    rates = Rates.of(COSTS, batch, (1, 2), kept=0.8, verify=1.5)
+    for length, (gained, found) in enumerate(
+        zip((1 + 0.8 * 0.9 * 0.5, 1 + 0.8 * (0.9 * 0.5 + 0.81 * 0.25)), rates.row(0.9, 300.0),
+            strict=True), 1
+    ):  # fmt: skip
+        verify_us = 1.5 * COSTS.step_us(batch, 1 + shares[length - 1])
+        want = gained * COSTS.step_us(batch, 1) / (length * 300.0 + verify_us)
+        assert found == pytest.approx(want)
+    assert COSTS.step_us(batch, 4.5) == pytest.approx(1000.0 + 50.0 * 4.5)
+    assert COSTS.step_us(batch, 1.25) == COSTS.step_us(batch, 2) == COSTS.step_us(batch, 3)
