@@ -114,5 +114,5 @@ def kind_of(batch: Batch) -> tuple[int, int]:
     begins a little less: at 15 rows nothing was learned, and it drafted there at a loss that it
     had long seen at 16.
     """
-    context_per_row = batch.context_tokens / batch.rows
-    return (batch.rows - 1).bit_length(), int(math.log1p(context_per_row) / _CONTEXT_BUCKET)
+    context_bucket = int(math.log1p(batch.context_per_row) / _CONTEXT_BUCKET)
+    return (batch.rows - 1).bit_length(), context_bucket

@@ -158,7 +158,7 @@ def main() -> int:
         print(f"ready; {arguments.streams} streams, log {server.log}", flush=True)
         result = pictured(server, arguments, folder)
     result |= {"provenance": provenance(), "settings": arguments.settings, "model": model.name}
-    # glibc keeps what it frees: a server's memory then grows for hours, plain vLLM's as well.
+    # Memory depends on the allocator: glibc's keeps more of what is freed than tcmalloc does.
     preloaded = os.getenv("LD_PRELOAD", "").split(":")
     result["preloaded"] = [Path(file).name for file in preloaded if file]
     RESULTS.mkdir(exist_ok=True)

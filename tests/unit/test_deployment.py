@@ -148,18 +148,6 @@ def test_adapter_has_the_metric_that_replicas_are_scaled_on() -> None:
     assert re.fullmatch(rule["name"]["matches"], rule["seriesQuery"].partition("{")[0])
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted([*(ROOT / "configs" / "serve").glob("*.yaml"), *KUBERNETES.rglob("serve.yaml")]),
-    ids=lambda path: str(path.relative_to(ROOT)),
-)
-def test_every_key_of_a_serve_config_is_explained(path: Path) -> None:
-    lines = path.read_text().splitlines()
-    keys = [i for i, line in enumerate(lines) if line.strip() and not line.strip().startswith("#")]
-    bare = [lines[i] for i in keys if not lines[i - 1].strip().startswith("#")]
-    assert not bare
-
-
 def test_probes_leave_time_for_the_first_start() -> None:
     """Twenty minutes: loading, compiling, capturing, calibrating."""
     container = overlay_deployment(OVERLAYS[0])["spec"]["template"]["spec"]["containers"][0]

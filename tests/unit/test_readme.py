@@ -70,6 +70,14 @@ def test_serve_configs_parse(path: Path) -> None:
     assert yaml.safe_load(path.read_text())["speculative-config"] == arguments.speculative_config
 
 
+@pytest.mark.parametrize("path", SERVE_CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_key_of_a_serve_config_is_explained(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    keys = [i for i, line in enumerate(lines) if line.strip() and not line.strip().startswith("#")]
+    bare = [lines[i] for i in keys if not lines[i - 1].strip().startswith("#")]
+    assert not bare
+
+
 READMES = [
     ROOT / name
     for name in (
