@@ -214,7 +214,9 @@ class AsyncPlanning:
         gained = 0
         for req_id, place in output.req_id_to_index.items():
             tokens = output.sampled_token_ids[place] if output.sampled_token_ids else []
-            gained += len(tokens)
+            request = scheduler.requests.get(req_id)
+            if request is not None and not request.is_finished():
+                gained += len(tokens)  # of one that ended a step ago vLLM drops them
             count = len(scheduled.get(req_id, ()))
             if not count:
                 continue
@@ -222,7 +224,6 @@ class AsyncPlanning:
             if last is None or last.choice.plan is None or not drafted:
                 proposer.stats.placeholder_tokens += count
                 continue
-            request = scheduler.requests.get(req_id)
             if request is None or not tokens:
                 continue
             # A grammar cuts drafts by value, which says nothing of the plan.

@@ -133,16 +133,18 @@ class Solving:
         solve, batch = self._pending.solve, self._pending.batch
         if not self._agreement.share(solve.ready() if self._agreement.leads else None):
             return
-        estimates = self._agreement.share(solve.result() if self._agreement.leads else ())
+        # Rank 0 alone has asked whether its device is done; a time needs that as well.
+        found = (solve.result(), solve.time_us) if self._agreement.leads else ((), 0.0)
+        estimates, time_us = self._agreement.share(found)
         frontier = Frontier(estimates, batch.context_tokens, batch.rows, "solved")
         # A solve that finds nothing (a state that overflowed, say) takes no plans away.
         if estimates or policy.frontier is None:
             policy.set_frontier(frontier)
-        policy.note_solve(solve.time_us, bool(estimates))
-        self._stats.add_solve(solve.time_us, solve.host_us)
+        policy.note_solve(time_us, bool(estimates))
+        self._stats.add_solve(time_us, solve.host_us)
         logger.info(
             "KnapSpec solved %d plans in %.0f ms (%s)",
-            len(estimates), solve.time_us / 1e3, self._pending.described,
+            len(estimates), time_us / 1e3, self._pending.described,
         )  # fmt: skip
         self._pending = None
         if self._agreement.leads and estimates:

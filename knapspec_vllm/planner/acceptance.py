@@ -230,12 +230,13 @@ class AcceptanceModel:
         mean = hits / trials
         return mean + z * math.sqrt(mean * (1.0 - mean) / (trials + 1.0))
 
-    def drift(self, plan: Plan) -> float:
-        """Observed acceptance minus the solver's estimate; 0 while either has little data."""
+    def drift(self, plan: Plan, context: float | None = None) -> float:
+        """Observed acceptance minus the solver's estimate; 0 while either has little data.
+        context: as in alpha; what an hour ago was seen at another length must not hide it."""
         evidence = self._plans.get(plan)
         if evidence is None or not evidence.trials:
             return 0.0
-        accepted, rejected = evidence.verified()
+        accepted, rejected = evidence.verified(None if context is None else _bucket(context))
         if accepted + rejected < DRIFT_MIN_TRIALS:
             return 0.0
         return accepted / (accepted + rejected) - self._solver_mean(evidence)

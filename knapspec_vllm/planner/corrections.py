@@ -76,7 +76,8 @@ class Corrections:
         self.version += 1
 
     def factor(self, part: Part, batch: Batch) -> float:
-        """For this kind of batch, else a neighbour in context, else over all batches.
+        """For this kind of batch, else a neighbour in context, else over all batches; of others
+        relative to plain steps, or a speedup would be off by what sets plain steps apart.
         Verify steps that nobody has seen are taken to be off as much as plain ones."""
         kind = kind_of(batch)
         if (mean := self._means.get((part, kind))) is not None:
@@ -84,7 +85,7 @@ class Corrections:
         if (factor := self._of_neighbour(part, batch, kind)) is not None:
             return factor
         if (mean := self._means.get((part, None))) is not None:
-            return math.exp(mean.log_factor)
+            return math.exp(mean.log_factor + self._apart(part, kind, None))
         return self.factor("plain", batch) if part == "verify" else 1.0
 
     def _of_neighbour(self, part: Part, batch: Batch, kind: tuple[int, int]) -> float | None:
@@ -95,11 +96,15 @@ class Corrections:
         if not known:
             return None
         other = max(known, key=lambda which: self._means[part, which].count)
-        log_factor = self._means[part, other].log_factor
+        return math.exp(self._means[part, other].log_factor + self._apart(part, kind, other))
+
+    def _apart(self, part: Part, kind: tuple[int, int], other: tuple[int, int] | None) -> float:
+        """How much longer plain steps of one kind are than another's, or all's, as a logarithm:
+        verify steps and drafts have their part of it. 0 for plain steps, and while unknown."""
         here, there = (self._means.get(("plain", which)) for which in (kind, other))
-        if part != "plain" and here is not None and there is not None:
-            log_factor += here.log_factor - there.log_factor
-        return math.exp(log_factor)
+        if part == "plain" or here is None or there is None:
+            return 0.0
+        return here.log_factor - there.log_factor
 
     def count(self, part: Part, batch: Batch) -> int:
         """Rounds of this kind of batch that were observed."""

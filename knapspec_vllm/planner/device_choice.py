@@ -21,8 +21,11 @@ from knapspec_vllm import ops
 from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.planner.acceptance import AcceptanceModel
 from knapspec_vllm.planner.costs import CostModel
-from knapspec_vllm.planner.curves import MAX_ROWS_EXTRAPOLATION, Curve
+from knapspec_vllm.planner.curves import Curve
 from knapspec_vllm.planner.types import Frontier, Mode, Plan
+
+_ENDLESS = float(1 << 30)
+"""Rows, of a curve's last segment."""
 
 
 class DeviceChooser:
@@ -162,15 +165,17 @@ def curve_tables(
 def _segments(curve: Curve) -> list[tuple[float, ...]]:
     """(start, width, slope of base, slope of token) between the curve's grid points, by rows.
 
-    The last one is as much longer as Curve.at goes beyond the largest measured batch.
+    As Curve.at beyond the largest measured batch: the last slopes up to its limit, then the base
+    stays and a row's token costs more by as many as there are rows.
     """
     found: list[tuple[float, ...]] = []
     points = list(zip(curve.rows, curve.base_us, curve.per_row_token_us, strict=True))
     for (rows, base, token), (up_rows, up_base, up_token) in pairwise(points):
         width = up_rows - rows
         found.append((rows, width, (up_base - base) / width, (up_token - token) / width))
-    if not found:
-        return [(curve.rows[0], 0.0, 0.0, 0.0)]
-    start, _, *slopes = found[-1]
-    found[-1] = (start, curve.rows[-1] * MAX_ROWS_EXTRAPOLATION - start, *slopes)
-    return found
+    limit, token = curve.limit, curve.per_row_token_us[-1]
+    if found:
+        start, _, slope, token_slope = found[-1]
+        token += (limit - curve.rows[-1]) * token_slope
+        found[-1] = (start, limit - start, slope, token_slope)
+    return [*found, (limit, _ENDLESS, 0.0, token / limit)]

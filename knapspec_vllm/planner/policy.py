@@ -157,7 +157,8 @@ class Policy:
         lengths = self._lengths(self._max_draft_length)
         if not lengths:
             return None
-        drift = 0.0 if self._current is None else self._acceptance.drift(self._current[0])
+        plan, context = self._last.plan, batch.context_per_row
+        drift = 0.0 if plan is None else self._acceptance.drift(plan, context)
         return self._resolve.reason(
             batch,
             self._frontier,

@@ -73,6 +73,16 @@ def test_feedback_finds_the_truth():
     assert model.drift(PLAN) == pytest.approx(0.6 - 0.98, abs=0.13)
 
 
+def test_drift_at_a_length_is_not_hidden_by_what_another_showed():
+    model = AcceptanceModel(feedback_half_life=1e12)
+    model.prior(PLAN, 90, 100)
+    model.observe(PLAN, 350, 350, 500)
+    for _ in range(40):
+        model.observe(PLAN, 1, 5, 20_000)
+    assert model.drift(PLAN, 20_000) < -0.15 < model.drift(PLAN)
+    assert model.drift(PLAN, 500) > -0.05
+
+
 def test_every_length_of_context_has_its_own_acceptance():
     """What other lengths show counts as BORROWED_TRIALS tokens, until a length has shown enough."""
     model = AcceptanceModel(feedback_half_life=1e12)

@@ -43,6 +43,21 @@ def test_falls_back_to_all_batches_and_verify_to_plain():
     assert made.count("plain", ONE) == 1000
 
 
+def test_what_all_batches_show_of_drafting_is_relative_to_their_plain_steps():
+    """A first batch of 256 rows with steps twice as long as priced drafted for dozens of rounds."""
+    made = Corrections()
+    for part in ("plain", "verify", "draft"):
+        observe(made, part, MANY, 100.0)
+    large = Batch(256, 400_000)
+    for _ in range(3):
+        made.observe("plain", large, 100.0, 200.0)
+    plain = made.factor("plain", large)
+    assert plain > 1.4
+    everywhere = made.factor("plain", Batch(64, 64 * 40_000))
+    for part in ("verify", "draft"):
+        assert made.factor(part, large) == pytest.approx(plain / everywhere)
+
+
 def test_a_new_kind_of_batch_starts_from_what_all_have_shown():
     made = Corrections()
     observe(made, "draft", ONE, 150.0)

@@ -205,6 +205,18 @@ def test_curve_extrapolates_one_doubling_then_holds():
     assert Curve((4, 8), (10.0, 20.0), (0.0, 0.0)).at(1, 0) == pytest.approx(10.0)
 
 
+def test_a_token_of_context_keeps_its_price_beyond_the_measured_rows():
+    """It used to be that of twice the largest batch for all rows together, however many."""
+    curve = Curve((1, 4), (10.0, 16.0), (2.0, 5.0))
+    assert curve.at(4, 400) - curve.at(4, 0) == pytest.approx(5.0 * 100)
+    assert curve.at(8, 800) - curve.at(8, 0) == pytest.approx(9.0 * 100)  # the last slope holds
+    for rows in (9, 16, 256):
+        more = curve.at(rows, 100 * rows) - curve.at(rows, 0)
+        assert more == pytest.approx(9.0 * 100 * rows / 8)
+    alone = Curve((4,), (10.0,), (2.0,))
+    assert alone.at(8, 800) - alone.at(8, 0) == pytest.approx(2.0 * 100 * 8 / 4)
+
+
 def test_isotonic_and_median():
     assert isotonic([1.0, 3.0, 2.0, 5.0]) == [1.0, 2.5, 2.5, 5.0]
     assert isotonic([3.0, 2.0, 1.0]) == [2.0, 2.0, 2.0]
