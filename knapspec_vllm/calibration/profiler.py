@@ -35,7 +35,9 @@ logger = logging.getLogger("vllm.knapspec")
 _REPEATS = 3
 _SHORT_CONTEXT = 192
 _LONG_CONTEXT = 4096
-_MAX_ROWS = 32
+_MAX_ROWS, _MAX_ROWS_CPU = 256, 32
+"""Rows of the largest batch. Nothing tells beforehand where a GPU stops waiting for its memory and
+starts to compute: 5 tokens of 256 rows are a step as long as a prompt's."""
 
 
 @dataclass(frozen=True)
@@ -167,10 +169,13 @@ def _cells(engine: Engine, num_speculative_tokens: int, max_rows: int) -> Iterat
     room = engine.max_model_len - num_speculative_tokens - 2
     cache_tokens = (engine.num_blocks - 1) * engine.block_size
     contexts = sorted({min(_SHORT_CONTEXT, room), min(_LONG_CONTEXT, room)})
+    fed = 1 + num_speculative_tokens
+    most = _MAX_ROWS_CPU if engine.device.type == "cpu" else _MAX_ROWS
+    most = min(max_rows, most, engine.vllm_config.scheduler_config.max_num_batched_tokens // fed)
     rows = [1]
-    while rows[-1] * 2 <= min(max_rows, _MAX_ROWS):
+    while rows[-1] * 2 <= most:
         rows.append(rows[-1] * 2)
-    # 1, 4, 2, 8, 16, 32: a batch of four tells more about the slope than a batch of two.
+    # 1, 4, 2, 8, 16, 32, ...: a batch of four tells more about the slope than a batch of two.
     rows.sort(key=lambda n: (n > 4, n != 1, n != 4, n))
     for count in rows:
         for context in contexts:

@@ -24,6 +24,7 @@ from knapspec_vllm.draft.async_rounds import (
     draft,
     mark,
 )
+from knapspec_vllm.draft.planning import Verified
 from knapspec_vllm.draft.references import References, newest_references
 from knapspec_vllm.draft.round_clock import interrupted
 from knapspec_vllm.draft.rows import Candidates
@@ -211,7 +212,7 @@ class AsyncPlanning:
         proposer, last = self._proposer, found.verifies
         assert proposer.planning is not None
         scheduled = scheduler_output.scheduled_spec_decode_tokens
-        gained = 0
+        gained, verified = 0, []
         for req_id, place in output.req_id_to_index.items():
             tokens = output.sampled_token_ids[place] if output.sampled_token_ids else []
             request = scheduler.requests.get(req_id)
@@ -226,10 +227,13 @@ class AsyncPlanning:
                 continue
             if request is None or not tokens:
                 continue
-            # A grammar cuts drafts by value, which says nothing of the plan.
             free = not request.use_structured_output
             accepted = min(len(tokens) - 1, count)
-            proposer.planning.feedback(last.choice.plan, accepted, count, request.num_tokens, free)
+            verified.append(Verified(accepted, count, request.num_tokens, free))
+        if verified:
+            assert last is not None
+            assert last.choice.plan is not None
+            proposer.planning.feedback(last.choice.plan, verified, last.batch.context_per_row)
         return gained
 
     def _learn_drafts(self, found: AsyncRound, time_us: float) -> None:

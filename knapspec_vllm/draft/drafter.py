@@ -56,6 +56,8 @@ class Drafter:
         self.attention_path: AttentionPath = "backend"
         #: Captured steps of the kernel path (a backend makes its metadata on the host).
         self.graphs: StepGraphs | None = None
+        #: Steps that the last round ran.
+        self.forwards = 0
 
     @torch.inference_mode()
     def draft(self, plan: Plan, draft_length: int, rows: DraftRows) -> list[list[int]]:
@@ -67,6 +69,7 @@ class Drafter:
         """
         draft_length = min(draft_length, max(rows.limits, default=0))
         if draft_length <= 0:
+            self.forwards = 0
             return [[] for _ in range(len(rows))]
         state = self.run(plan, draft_length, rows)
         counts, *columns = torch.cat([state.counts[None].long(), state.drafts.T]).tolist()
@@ -77,7 +80,7 @@ class Drafter:
         still be computed. What a row did not draft is -1."""
         started = self.start(plan, draft_length, rows, self.captured(plan, len(rows)))
         with started.steps() as step:
-            for _ in range(draft_length):
+            for self.forwards in range(1, draft_length + 1):
                 step()
                 if self._may_stop_early and not started.state.active.any():
                     break

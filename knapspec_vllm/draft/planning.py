@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.draft.agreement import Agreement
@@ -24,6 +25,19 @@ logger = logging.getLogger("vllm.knapspec")
 _LOOK_EVERY = 8
 """Rounds for which a decision to decline holds while the batch stays of a kind. Deciding takes 0.1
 to 0.2 ms, 1% of a small model's step, and what is decided on changes over dozens of rounds."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What verification did to the drafts of one row, in tokens."""
+
+    accepted: int
+    drafted: int
+    """Scheduled."""
+    context: int
+    """The row's length."""
+    telling: bool = True
+    """Of the plan: a grammar cuts drafts by value."""
 
 
 class Planning:
@@ -119,18 +133,15 @@ class Planning:
         """Solve in the next round whatever the policy thinks; call it on every rank."""
         self.solving.requested = True
 
-    def feedback(
-        self, plan: Plan, accepted: int, drafted: int, context: int, says_something: bool = True
-    ) -> None:
-        """`accepted` of `drafted` (scheduled) tokens of one row were kept by verification.
-
-        context: the row's length in tokens. says_something: of the plan.
-        """
-        self._stats.add_verified(accepted, drafted, context)
-        if says_something:
-            # Asked for by batch, not by row: rows of 300 and 20,000 tokens would teach lengths that
-            # no batch of both has.
-            self.acceptance.observe(plan, accepted, drafted, self.drafting_context)
+    def feedback(self, plan: Plan, verified: Sequence[Verified], context: float) -> None:
+        """A round's drafts have been verified. context: of the batch that drafted them, tokens a
+        row in the mean."""
+        for row in verified:
+            self._stats.add_verified(row.accepted, row.drafted, row.context)
+        # Asked for by batch, not by row: rows of 300 and 20,000 tokens would teach lengths that no
+        # batch of both has.
+        telling = [(row.accepted, row.drafted) for row in verified if row.telling]
+        self.acceptance.observe(plan, telling, context)
 
     def _seen(self, batch: Batch, max_draft_length: int) -> tuple[int | str, ...] | None:
         """What every rank should have in common when it asks rank 0 what to do."""

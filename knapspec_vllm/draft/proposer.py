@@ -23,7 +23,7 @@ from knapspec_vllm.draft.drafter import Drafter
 from knapspec_vllm.draft.engine import Engine, own_attention_groups
 from knapspec_vllm.draft.graphs import CudaCapture, StepGraphs, refusal
 from knapspec_vllm.draft.invariants import InvariantGuard
-from knapspec_vllm.draft.planning import Planning
+from knapspec_vllm.draft.planning import Planning, Verified
 from knapspec_vllm.draft.references import References, newest_references
 from knapspec_vllm.draft.round_clock import RoundClock
 from knapspec_vllm.draft.rows import Candidates, DraftRows
@@ -50,8 +50,9 @@ class KnapSpecProposer:
         self.stats = Stats()
         self.engine: Engine | None = None
         self.planning: Planning | None = None
-        #: Plan and number of tokens drafted for each request in the last round.
-        self._drafted: dict[str, tuple[Plan, int]] = {}
+        #: Requests that drafted in the last round, and the plan that they drafted with.
+        self._drafted: set[str] = set()
+        self._drafted_plan: Plan | None = None
         self._clock = RoundClock(self.stats)
         #: Decides instead of `propose_full` where vLLM schedules asynchronously.
         self.asynchronous: AsyncPlanning | None = None
@@ -173,18 +174,19 @@ class KnapSpecProposer:
             lambda: self._references(runner, rows, table),
             rows.opted_out == len(rows),
         )
-        draft_us = 0.0
+        draft_us, forwards = 0.0, 0
         if choice.plan is not None:
             start = time.perf_counter()
             found = self._draft(choice, runner, rows.to_rows(table, self.engine.device))
             draft_us = (time.perf_counter() - start) * 1e6
+            forwards = self.drafter.forwards
             for i, draft in zip(rows.index, found, strict=True):
                 drafts[i] = draft
         lengths = [len(drafts[i]) for i in rows.index]
         solve_us = self.stats.phase_us["solve"] - solved_us
         unusual = solve_us > 0 or self.planning.solving.under_way
         unusual |= choice.plan is not None and not self.drafter.settled
-        self._clock.ended(batch, rows, choice, lengths, draft_us, solve_us, unusual)
+        self._clock.ended(batch, rows, choice, lengths, forwards, draft_us, solve_us, unusual)
         return drafts
 
     def snapshot(self) -> dict[str, Any]:
@@ -200,10 +202,10 @@ class KnapSpecProposer:
         if self._guard is not None:
             self._guard.after(drafts)
         self.stats.drafting_rounds += 1
-        for req_id, draft in zip(rows.req_ids, drafts, strict=True):
-            self.stats.draft_tokens += len(draft)
-            if draft:
-                self._drafted[req_id] = (choice.plan, len(draft))
+        self.stats.draft_tokens += sum(map(len, drafts))
+        pairs = zip(rows.req_ids, drafts, strict=True)
+        self._drafted = {req_id for req_id, draft in pairs if draft}
+        self._drafted_plan = choice.plan
         return drafts
 
     def _learn(
@@ -214,18 +216,20 @@ class KnapSpecProposer:
         scheduled = scheduler_output.scheduled_spec_decode_tokens
         if not scheduled and not self._drafted:
             return
+        verified = []
         for req_id, sampled in zip(runner.input_batch.req_ids, sampled_token_ids, strict=False):
-            drafted = self._drafted.get(req_id)
-            count = len(scheduled.get(req_id, ()))
-            if drafted is None:
+            drafted, count = req_id in self._drafted, len(scheduled.get(req_id, ()))
+            if not drafted:
                 self.stats.placeholder_tokens += count
-            if drafted is None or not count or not sampled:
+            if not drafted or not count or not sampled:
                 continue
             request = runner.requests[req_id]
-            # A grammar cuts drafts by value, which says nothing of the plan.
             free = getattr(request.sampling_params, "structured_outputs", None) is None
-            accepted = min(len(sampled) - 1, count)
-            self.planning.feedback(drafted[0], accepted, count, request.num_tokens, free)
+            kept = min(len(sampled) - 1, count)
+            verified.append(Verified(kept, count, request.num_tokens, free))
+        if verified:
+            assert self._drafted_plan is not None
+            self.planning.feedback(self._drafted_plan, verified, self.planning.drafting_context)
         self._drafted.clear()
 
     def _references(self, runner: Any, rows: Candidates, table: torch.Tensor) -> References | None:

@@ -97,12 +97,15 @@ class RoundClock:
         rows: Candidates,
         choice: Choice,
         draft_lengths: list[int],
+        forwards: int,
         draft_us: float,
         solve_us: float,
         unusual: bool,
     ) -> None:
         """The proposal for `rows` is done, after draft_us of drafting and solve_us of solving.
 
+        forwards: draft steps that ran, more than the longest draft where a GPU does not look
+        whether all rows have stopped.
         unusual: a solve ran in it, or the device is still busy with one, or a draft step was run
         for the first time. Nothing is learned from such a round.
         """
@@ -111,7 +114,7 @@ class RoundClock:
             batch=batch,
             req_ids=list(rows.req_ids),
             choice=choice,
-            forwards=max(draft_lengths),
+            forwards=forwards,
             scheduled_tokens=sum(draft_lengths) + len(draft_lengths),
             draft_us=draft_us,
             solve_us=solve_us,

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,8 +45,9 @@ VERSION_STEP = 0.005
 """A change of some alpha by this much is worth choosing again."""
 BORROWED_TRIALS = 64.0
 """Verified tokens, at most, that other lengths of context count as together."""
-KEPT_PRIOR = 64.0
-"""Accepted tokens, as promised, that no difference between the two counts as."""
+KEPT_PRIOR = 32.0
+"""Accepted tokens, as promised, that no difference between the two counts as. About 250 promised
+tokens are remembered at the default half-life: of 64 a fifth of a shortfall was never believed."""
 _LEAST_KEPT = 0.5
 _LEAST_WEIGHT = 1e-9
 _ODDS_STEP = 0.05
@@ -134,25 +136,32 @@ class AcceptanceModel:
         evidence.keep(0.5)
         self.version += 1
 
-    def observe(self, plan: Plan, accepted: int, drafted: int, context: float = 0) -> None:
-        """One verified row: `accepted` successes, and one failure if accepted < drafted.
+    def observe(self, plan: Plan, rows: Sequence[tuple[int, int]], context: float = 0) -> None:
+        """One verified round of a plan. rows: (accepted, drafted) tokens of each: `accepted`
+        successes, and one failure if accepted < drafted.
 
-        Tokens after the first rejection say nothing about acceptance and are not counted.
+        Tokens after the first rejection say nothing about acceptance and are not counted. The rows
+        of a round count alike however many they are: what was known is forgotten once, by all they
+        drafted. Forgotten row by row, the last 90 of 256 rows would have been all that counts.
         context: tokens a row of the batch that drafted, in the mean; what alpha is asked for.
         """
-        if not 0 <= accepted <= drafted:
-            raise ValueError(f"accepted must lie in 0..drafted, got {accepted} of {drafted}")
-        if not drafted:
+        for accepted, drafted in rows:
+            if not 0 <= accepted <= drafted:
+                raise ValueError(f"accepted must lie in 0..drafted, got {accepted} of {drafted}")
+        rows = [row for row in rows if row[1]]
+        if not rows:
             return
         evidence = self._plans.setdefault(plan, _Evidence())
-        keep = math.exp(self._decay_log * drafted)
-        self._note_promise(plan, evidence, accepted, drafted, context, keep)
+        keep = math.exp(self._decay_log * sum(drafted for _, drafted in rows))
+        self._note_promise(plan, evidence, rows, context, keep)
+        accepted = sum(accepted for accepted, _ in rows)
+        rejected = sum(accepted < drafted for accepted, drafted in rows)
         own = evidence.seen.setdefault(_bucket(context), _Seen())
         own.accepted = own.accepted * keep + accepted
-        own.rejected = own.rejected * keep + (accepted < drafted)
-        tokens = accepted + (accepted < drafted)
-        self._rejected = self._rejected * keep + (accepted < drafted)
-        self._expected = self._expected * keep + tokens * (1.0 - self._solver_mean(evidence))
+        own.rejected = own.rejected * keep + rejected
+        expected = (accepted + rejected) * (1.0 - self._solver_mean(evidence))
+        self._rejected = self._rejected * keep + rejected
+        self._expected = self._expected * keep + expected
         if abs(math.log(self._odds_ratio() / self._published_odds)) >= _ODDS_STEP:
             self._published_odds = self._odds_ratio()
             self.version += 1
@@ -165,8 +174,7 @@ class AcceptanceModel:
         self,
         plan: Plan,
         evidence: _Evidence,
-        accepted: int,
-        drafted: int,
+        rows: Sequence[tuple[int, int]],
         context: float,
         keep: float,
     ) -> None:
@@ -174,8 +182,9 @@ class AcceptanceModel:
         if sum(evidence.verified(_bucket(context))) < DRIFT_MIN_TRIALS:
             return
         promise = self._promises.setdefault(_bucket(context), _Promise())
-        promised = expected_tokens(self.alpha(plan, context), drafted) - 1.0
-        promise.accepted = promise.accepted * keep + accepted
+        alpha = self.alpha(plan, context)
+        promised = sum(expected_tokens(alpha, drafted) - 1.0 for _, drafted in rows)
+        promise.accepted = promise.accepted * keep + sum(accepted for accepted, _ in rows)
         promise.promised = promise.promised * keep + promised
         kept = self.kept(context)
         if abs(kept - promise.published) >= VERSION_STEP:

@@ -64,6 +64,8 @@ class Policy:
         self._current: tuple[Plan, int] | None = None
         self._speculating = False
         self._last = Choice(None, 0, 1.0, "no round yet", "no plan")
+        self._last_plan: Plan | None = None
+        """The last that drafted: its drift is why nothing may draft now."""
         self._declined_rounds = 0
         self._plain = PlainRounds(self._corrections)
         self._probes = Probes(config.min_speedup)
@@ -108,7 +110,7 @@ class Policy:
         """A round goes by this choice; `choose` counts its own."""
         self._speculating = choice.plan is not None
         self._current = None if choice.plan is None else (choice.plan, choice.draft_length)
-        self._last = choice
+        self._last, self._last_plan = choice, choice.plan or self._last_plan
         self._resolve.note_round(self._speculating, choice.round_us)
         if not self._speculating:
             self._probes.note_declined()
@@ -157,15 +159,12 @@ class Policy:
         lengths = self._lengths(self._max_draft_length)
         if not lengths:
             return None
-        plan, context = self._last.plan, batch.context_per_row
+        plan, context = self._last_plan, batch.context_per_row
         drift = 0.0 if plan is None else self._acceptance.drift(plan, context)
         return self._resolve.reason(
-            batch,
-            self._frontier,
-            drift,
-            self._last.predicted_speedup,
+            batch, self._frontier, drift, self._last.predicted_speedup,
             lambda: self._ceiling(batch, lengths),
-        )
+        )  # fmt: skip
 
     def note_solve(self, time_us: float, found: bool = True) -> None:
         """A solve was paid for; call it whether or not a frontier came of it."""

@@ -58,8 +58,9 @@ class ResolveRule:
     ) -> str | None:
         """Why to solve now: "first", "drift", "range" or "age"; None: do not.
 
-        drift: observed minus estimated acceptance of the current plan. speedup: of the current
-        choice. ceiling: speedup if every draft of the cheapest plan were accepted; asked for last.
+        drift: observed minus estimated acceptance of the plan that drafted last, which may be why
+        none does now. speedup: of the current choice. ceiling: speedup if every draft of the
+        cheapest plan were accepted; asked for last.
         """
         trigger = self._trigger(batch, frontier, drift)
         if trigger is None or self._items_us(batch) <= 0:  # curves with nothing to save on them

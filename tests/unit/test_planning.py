@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from knapspec_vllm.config import KnapSpecConfig
-from knapspec_vllm.draft.planning import Planning
+from knapspec_vllm.draft.planning import Planning, Verified
 from knapspec_vllm.metrics.stats import Stats
 from knapspec_vllm.planner.types import Batch, Choice
 from tests.helpers_policy import HALF, LAYERS, LIGHT, costs, frontier
@@ -152,8 +152,8 @@ def test_acceptance_is_learned_for_the_batch_that_drafted() -> None:
     batch = Batch(2, 20_300)
     assert made.choose(batch, 4, lambda: None).plan == HALF
     for _ in range(100):
-        for row in (300, 20_000):
-            made.feedback(HALF, 0, 4, row)
+        rows = [Verified(0, 4, context) for context in (300, 20_000)]
+        made.feedback(HALF, rows, batch.context_per_row)
     # 200 rejections; 64 borrowed ones would leave 0.94.
     assert made.acceptance.alpha(HALF, batch.context_per_row) < 0.9
 

@@ -38,7 +38,7 @@ class Driver:
         self.clock.entered()
         self.clock.verified(self.planning, rows, 1, [[5]])
         self.now += 0.001
-        self.clock.ended(BATCH, rows, CHOICE, [0], 0.0, 0.0, unusual)
+        self.clock.ended(BATCH, rows, CHOICE, [0], 0, 0.0, 0.0, unusual)
         self.now += step_ms / 1e3
 
 
@@ -93,15 +93,17 @@ def test_rows_of_different_drafts_teach_by_what_they_feed(monkeypatch: pytest.Mo
     driver = Driver(monkeypatch)
     fed: list[float] = []
     driver.planning.policy.observe_step = lambda batch, tokens, time_us: fed.append(tokens)
-    driver.planning.policy.observe_draft = lambda *_: None
+    ran: list[int] = []
+    driver.planning.policy.observe_draft = lambda batch, plan, forwards, us: ran.append(forwards)
     rows: Any = Rows(["a", "b"])
     rows.index = [0, 1]
     plan = Plan.parse("skip mlp:1", 4)
     choice = Choice(plan, 3, 1.5, "test", round_us=20_000.0)
     for drafts in ([3, 0], [3, 3], [2, 3]):
         driver.clock.entered()
-        driver.clock.ended(Batch(2, 100), rows, choice, drafts, 1000.0, 0.0, False)
+        driver.clock.ended(Batch(2, 100), rows, choice, drafts, 4, 1000.0, 0.0, False)
         driver.now += 0.02
         driver.clock.entered()
         driver.clock.verified(driver.planning, rows, 2 + sum(drafts), [[5], [5]])
     assert fed == [2.5, 4.0, 3.5]
+    assert ran == [4, 4, 4]  # what ran, not what was proposed: a GPU does not look whether to stop

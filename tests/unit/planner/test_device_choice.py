@@ -191,7 +191,7 @@ def test_random_histories(settings, implementation):
             pair.observe_round(batch, plan, length, rng.uniform(0.8, 1.3))
             if plan is not None:
                 accepted = rng.randint(0, length)
-                pair.acceptance.observe(plan, accepted, length, int(batch.context_per_row))
+                pair.acceptance.observe(plan, [(accepted, length)], int(batch.context_per_row))
         rounds, ties = rounds + pair.rounds, ties + pair.ties
         drafted, declined = drafted + pair.drafted, declined + pair.declined
     assert ties <= rounds // 20

@@ -225,7 +225,7 @@ def test_measures_plain_rounds_before_and_while_speculating():
 def test_declining_for_long_forgets_what_was_learned():
     made, acceptance = policy(frontier((HALF, 24), trials=24), resolve_rounds=50)
     for _ in range(100):
-        acceptance.observe(HALF, 0, 4)
+        acceptance.observe(HALF, [(0, 4)])
     low = acceptance.alpha(HALF)
     for _ in range(51):
         made.choose(BATCH, 4)
@@ -267,7 +267,7 @@ def test_equal_inputs_give_equal_choices():
             made.observe_step(batch, 1 + choice.draft_length, 3000.0 + number)
             if choice.plan is not None:
                 accepted = number % (choice.draft_length + 1)
-                acceptance.observe(choice.plan, accepted, choice.draft_length)
+                acceptance.observe(choice.plan, [(accepted, choice.draft_length)])
                 made.observe_draft(batch, choice.plan, choice.draft_length, 2000.0)
         return seen
 

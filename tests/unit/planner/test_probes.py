@@ -22,7 +22,7 @@ def play(hits, trials, true_alpha, rounds=ROUNDS, **settings):
                 accepted, debt = accepted + 1, debt - (1 - true_alpha)
             if accepted < choice.draft_length:
                 debt = 0.0
-            acceptance.observe(choice.plan, accepted, choice.draft_length)
+            acceptance.observe(choice.plan, [(accepted, choice.draft_length)])
     return codes
 
 

@@ -46,12 +46,26 @@ def test_resolves_on_drift_range_and_age():
     assert made.resolve_reason(Batch(1, 4000), True) is None
     assert made.resolve_reason(Batch(1, 5000), True) == "range"
     for _ in range(100):
-        acceptance.observe(HALF, 2, 4)
+        acceptance.observe(HALF, [(2, 4)])
     assert made.resolve_reason(BATCH, True) == "drift"
     old, _ = policy(frontier((HALF, 990)), model, resolve_rounds=100)
     for _ in range(100):
         old.choose(BATCH, 4)
     assert old.resolve_reason(BATCH, True) == "age"
+
+
+def test_plans_that_text_has_left_behind_are_solved_for_while_declining():
+    """Waiting for age, a server whose traffic changed declined for 2,048 rounds."""
+    made, acceptance = policy(frontier((HALF, 990)))
+    assert made.choose(BATCH, 4).plan == HALF
+    for _ in range(100):
+        acceptance.observe(HALF, [(0, 4)])
+    assert made.choose(BATCH, 4).plan is None
+    assert made.resolve_reason(BATCH, True) == "drift"
+    made.note_solve(1000.0)
+    made.set_frontier(frontier((HALF, 20)))  # the solver has seen the new text too
+    made.choose(BATCH, 4)
+    assert made.resolve_reason(BATCH, True) is None
 
 
 def test_a_solve_has_to_be_repaid():
