@@ -94,7 +94,7 @@ class KnapSpecConfig:
     """Strength of the acceptance prior, in tokens."""
 
     feedback_half_life: float = 256.0
-    """Drafted tokens after which an acceptance observation counts half."""
+    """Drafted tokens of later rounds after which an acceptance observation counts half."""
 
     min_speedup: float = 1.1
     """Start speculating only above this predicted speedup (1.0 or more), and stop half-way between
@@ -126,8 +126,8 @@ class KnapSpecConfig:
     """Folder of the calibration store. None: beside vLLM's own cache."""
 
     round_overhead_us: float | None = None
-    """What a speculative round costs on top of the model's steps, in microseconds; nothing is
-    learned from rounds then. None: learned online."""
+    """What a speculative round costs on top of the model's steps, in microseconds; what rounds take
+    is not learned then (acceptance is). None: learned online."""
 
     debug_invariants: bool = False
     """Check after every round that drafting wrote only into K/V slots that verification rewrites.

@@ -109,7 +109,7 @@ def _entry_point() -> Check:
         "entry point",
         "refused",
         "vLLM does not see the plugin.",
-        "Install the package in vLLM's environment: pip install --no-deps knapspec-vllm.",
+        "Install the package in vLLM's environment: pip install --no-deps -e . in its checkout.",
     )
 
 

@@ -10,13 +10,13 @@ metadata included. The target is called as vLLM calls it.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from knapspec_vllm.calibration.budget import Budget
 from knapspec_vllm.draft.attention import AttentionPath
 from knapspec_vllm.draft.branches import VllmBranches
 from knapspec_vllm.draft.drafter import Drafter
@@ -35,9 +35,7 @@ logger = logging.getLogger("vllm.knapspec")
 _REPEATS = 3
 _SHORT_CONTEXT = 192
 _LONG_CONTEXT = 4096
-_MAX_ROWS, _MAX_ROWS_CPU = 256, 32
-"""Rows of the largest batch. Nothing tells beforehand where a GPU stops waiting for its memory and
-starts to compute: 5 tokens of 256 rows are a step as long as a prompt's."""
+_MAX_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -53,27 +51,32 @@ def measure(
     drafter: Drafter,
     num_speculative_tokens: int,
     max_rows: int,
-    budget_seconds: float,
+    budget: Budget,
 ) -> list[CostSample]:
     """Cost samples of as many cells as the budget allows, the most useful ones first.
 
     The first cell is always measured, because nothing can be priced without it, but once half the
-    budget is gone each of its shapes is timed only once.
+    budget is gone each of its shapes is timed only once. Ends as well where memory does.
     """
-    start = time.perf_counter()
-    hurry = start + 0.5 * budget_seconds
     cells = list(_cells(engine, num_speculative_tokens, max_rows))
     samples: list[CostSample] = []
     for done, cell in enumerate(cells):
-        spent = time.perf_counter() - start
-        # A cell costs in proportion to its tokens at most; stop before the one that would overrun.
-        if done and spent + (spent / done) > budget_seconds:
+        if not budget.allows(done):
             break
-        samples.extend(_measure_cell(engine, drafter, num_speculative_tokens, cell, hurry))
+        try:
+            samples.extend(_measure_cell(engine, drafter, num_speculative_tokens, cell, budget))
+        except torch.OutOfMemoryError as error:
+            if not samples or not budget.alone:  # other ranks wait in a collective of the step
+                raise
+            torch.cuda.empty_cache()
+            logger.warning(
+                "KnapSpec had no memory to measure batch %d, context %d (%s): prices of batches "
+                "like it are extrapolated", cell.rows, cell.context, error,
+            )  # fmt: skip
+            break
         logger.info(
             "KnapSpec calibration: batch %d, context %d (%d of %d shapes, %.1f of %.0f s)",
-            cell.rows, cell.context, done + 1, len(cells), time.perf_counter() - start,
-            budget_seconds,
+            cell.rows, cell.context, done + 1, len(cells), budget.spent, budget.seconds,
         )  # fmt: skip
     return samples
 
@@ -138,7 +141,7 @@ def faster_attention(engine: Engine, drafter: Drafter, max_rows: int) -> Attenti
     for path in paths:
         drafter.attention_path = path
         times_us[path] = sum(
-            min(_time(engine, _draft_step(drafter, plans[kind], rows, 1), math.inf))
+            min(_time(engine, _draft_step(drafter, plans[kind], rows, 1)))
             for kind in ("draft_full", "draft_window")
         )
     faster = min(paths, key=times_us.__getitem__)
@@ -169,13 +172,10 @@ def _cells(engine: Engine, num_speculative_tokens: int, max_rows: int) -> Iterat
     room = engine.max_model_len - num_speculative_tokens - 2
     cache_tokens = (engine.num_blocks - 1) * engine.block_size
     contexts = sorted({min(_SHORT_CONTEXT, room), min(_LONG_CONTEXT, room)})
-    fed = 1 + num_speculative_tokens
-    most = _MAX_ROWS_CPU if engine.device.type == "cpu" else _MAX_ROWS
-    most = min(max_rows, most, engine.vllm_config.scheduler_config.max_num_batched_tokens // fed)
     rows = [1]
-    while rows[-1] * 2 <= most:
+    while rows[-1] * 2 <= min(max_rows, _MAX_ROWS):
         rows.append(rows[-1] * 2)
-    # 1, 4, 2, 8, 16, 32, ...: a batch of four tells more about the slope than a batch of two.
+    # 1, 4, 2, 8, 16, 32: a batch of four tells more about the slope than a batch of two.
     rows.sort(key=lambda n: (n > 4, n != 1, n != 4, n))
     for count in rows:
         for context in contexts:
@@ -185,7 +185,7 @@ def _cells(engine: Engine, num_speculative_tokens: int, max_rows: int) -> Iterat
 
 @torch.inference_mode()
 def _measure_cell(
-    engine: Engine, drafter: Drafter, num_speculative_tokens: int, cell: Cell, hurry: float
+    engine: Engine, drafter: Drafter, num_speculative_tokens: int, cell: Cell, budget: Budget
 ) -> list[CostSample]:
     rows = _fake_rows(engine, cell, num_speculative_tokens)
     samples: list[CostSample] = []
@@ -194,7 +194,7 @@ def _measure_cell(
         context = cell.rows * cell.context
         samples.extend(
             CostSample(kind, cell.rows, tokens_per_row, context, time_us)
-            for time_us in _time(engine, run, hurry)
+            for time_us in _time(engine, run, budget.half_gone)
         )
 
     verify = sorted({1, 2, 1 + (num_speculative_tokens + 1) // 2, 1 + num_speculative_tokens})
@@ -253,12 +253,14 @@ def _target_step(engine: Engine, rows: DraftRows, tokens_per_row: int) -> Callab
     return run
 
 
-def _time(engine: Engine, run: Callable[[], object], hurry: float) -> list[float]:
-    """Microseconds of each repetition after a first one; after the time `hurry` there is a single
-    one, and the faster of it and the first: a lone slow moment would be the shape's price."""
+def _time(
+    engine: Engine, run: Callable[[], object], hurry: Callable[[], bool] = lambda: False
+) -> list[float]:
+    """Microseconds of each repetition after a first one; in a hurry there is a single one, and the
+    faster of it and the first: a lone slow moment would be the shape's price."""
     first = _once(engine, run)
     times: list[float] = []
-    while len(times) < _REPEATS and (not times or time.perf_counter() < hurry):
+    while len(times) < _REPEATS and (not times or not hurry()):
         times.append(_once(engine, run))
     return times if len(times) > 1 else [min(first, *times)]
 

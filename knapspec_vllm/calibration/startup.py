@@ -9,6 +9,7 @@ import time
 
 import torch
 
+from knapspec_vllm.calibration.budget import Budget
 from knapspec_vllm.calibration.profiler import faster_attention, measure, warm_up, warm_up_solver
 from knapspec_vllm.calibration.store import (
     Calibration,
@@ -148,7 +149,7 @@ def _measure(proposer: KnapSpecProposer) -> Calibration:
         proposer.drafter,
         proposer.num_speculative_tokens,
         max_rows,
-        proposer.config.calibration_seconds,
+        Budget(proposer.config.calibration_seconds, proposer.agreement),
     )
     model = CostModel.fit(samples, engine.view.num_layers, proposer.geometry.kept_tokens(1 << 30))
     logger.info(

@@ -24,6 +24,7 @@ Starts the model as a server would, measures its cost curves, solves for plans o
 both. A server with the same model, options, hardware and versions then starts with them and says
 "KnapSpec uses the calibration stored in ...". Give it the options of that server: what differs
 (--max-model-len, --tensor-parallel-size, --dtype, num_speculative_tokens, ...) is measured anew.
+--max-num-seqs is not told apart, but bounds the batches that are measured.
 Exit status: 0 stored, 1 failed, 2 wrong arguments."""
 EXAMPLES = """\
 examples:

@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", nargs="?", help="model path or hub id; checked and put in")
+    parser.add_argument("model", nargs="?", help="model path or hub id: checked; in the shell form")
     parser.add_argument(
         "--format", choices=FORMS, default="shell",
         help="shell: a command line. yaml: for vllm serve --config. json: the two options' values. "

@@ -267,12 +267,10 @@ class AsyncPlanning:
         if policy is None or solving or not last.settled:
             return
         policy.observe_step(batch, 1 + drafted / len(tokens), time_us)
-        stats.add_prediction(
-            choice.predicted_speedup,
-            choice.round_us,
-            gained / len(tokens) * policy.plain_us(batch),
-            round_us,
-        )
+        plain_us = round_us  # of a round that declined
+        if choice.plan is not None:
+            plain_us = gained / len(tokens) * policy.plain_us(batch)
+        stats.add_prediction(choice.predicted_speedup, choice.round_us, plain_us, round_us)
 
 
 class _Known:

@@ -180,9 +180,11 @@ class StepGraphs:
         return self._add(key)
 
     def clear(self) -> None:
-        """Drops every step; the plans that calibration times are not those that draft."""
+        """Drops every step, and forgets that any were; the plans that calibration times are not
+        those that draft."""
         self._steps.clear()
-        self.memory_bytes = 0
+        self._seen.clear()
+        self._evicted = self.memory_bytes = 0
 
     def _padded(self, rows: int) -> int:
         """Powers of two up to 8, then multiples of 8, within the largest batch."""

@@ -16,9 +16,6 @@ import torch
 
 from knapspec_vllm.draft.engine import Engine
 
-#: K/V of tokens with this slot are not written (vLLM's PADDING_SLOT_ID).
-PADDING_SLOT = -1
-
 
 def slots_of(
     # [B, num_blocks] int32

@@ -187,7 +187,7 @@ class Planning:
             began = "start" if self.last_choice.plan is None else "plan"
             self._stats.plan_changes["stop" if choice.plan is None else began] += 1
         if changed or not self._logged:
-            self._log(choice, f"batch {batch.rows}, context {batch.context_tokens}")
+            self._log(choice, f"batch {batch.rows}, context {batch.context_per_row:.0f}")
         self.last_choice = choice
         if choice.plan is not None:
             self.last_drafting_choice = choice

@@ -83,13 +83,12 @@ class RoundClock:
         policy.observe_step(last.batch, last.scheduled_tokens / last.batch.rows, step_us)
         if last.forwards and last.choice.plan is not None:
             policy.observe_draft(last.batch, last.choice.plan, last.forwards, last.draft_us)
-        gained = sum(len(sampled_token_ids[i]) for i in rows.index) / len(rows)
-        stats.add_prediction(
-            last.choice.predicted_speedup,
-            last.choice.round_us,
-            gained * policy.plain_us(last.batch),
-            step_us + last.draft_us,
-        )
+        plain_us = round_us  # of a round that declined, which is what plain steps are learned from
+        if last.choice.plan is not None:
+            gained = sum(len(sampled_token_ids[i]) for i in rows.index) / len(rows)
+            plain_us = gained * policy.plain_us(last.batch)
+        choice = last.choice
+        stats.add_prediction(choice.predicted_speedup, choice.round_us, plain_us, round_us)
 
     def ended(
         self,

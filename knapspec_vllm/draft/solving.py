@@ -123,7 +123,7 @@ class Solving:
                 "gpu_memory_utilization, live_branches or reference_tokens"
             )
             return
-        context = f"{reason}; batch {batch.rows}, context {batch.context_tokens}"
+        context = f"{reason}; batch {batch.rows}, context {batch.context_per_row:.0f}"
         self._pending = _Pending(solve, batch, f"{context}, {len(found.tokens)} reference tokens")
 
     def collect(self, policy: Policy) -> None:

@@ -120,8 +120,8 @@ FAMILIES: tuple[Family, ...] = (
            _by("declined_rounds"), ("reason",)),
     Family("estimated_speedup_ratio", "gauge",
            "Over plain steps of this engine, last minute: what they would have taken for the "
-           "tokens gained, over what rounds took. Declined rounds count as they went. What an "
-           "engine loses by selecting KnapSpec (asynchronous scheduling, V2 runner) is not in it.",
+           "tokens gained, over what rounds took. Declined rounds count as 1. What an engine loses "
+           "by selecting KnapSpec (its own work, asynchronous scheduling, V2 runner) is not in it.",
            _value("recent_speedup")),
     Family("round_seconds", "counter",
            "Of measured rounds: time of the rounds and of plain decoding for their tokens, as "

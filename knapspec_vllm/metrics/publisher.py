@@ -83,6 +83,8 @@ class Publisher:
         self._labels = {"model_name": model, "engine": str(engine)}
         self._read = read
         self._interval = interval_seconds
+        self._failed = False
+        """Reading has failed once, and was logged."""
         #: (time, plain_us, round_us) of the last minute.
         self._recent: deque[tuple[float, float, float]] = deque()
         self._thread = threading.Thread(target=self._run, name="knapspec-metrics", daemon=True)
@@ -93,7 +95,13 @@ class Publisher:
 
     def write(self) -> bool:
         """Publish now. False when there is nothing to read any more."""
-        state = self._read()
+        try:
+            state = self._read()
+        except Exception:  # the engine's thread goes on meanwhile; metrics must come back
+            if not self._failed:
+                logger.exception("KnapSpec could not read its state; it will try again")
+            self._failed = True
+            return True
         if state is None:
             for sink in self._sinks:
                 sink.close()

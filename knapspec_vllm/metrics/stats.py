@@ -61,7 +61,8 @@ class Stats:
     #: decoding for as many tokens; plain over round is the speedup that was predicted.
     predicted_round_us: float = 0.0
     predicted_plain_us: float = 0.0
-    #: The same with what they took, and with the tokens they really gained.
+    #: The same with what they took, and with the tokens they really gained; of rounds that
+    #: declined, plain decoding is what they were.
     realised_round_us: float = 0.0
     realised_plain_us: float = 0.0
     #: What a round took over what it should have taken, of the same rounds.

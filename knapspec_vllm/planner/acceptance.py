@@ -28,7 +28,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from knapspec_vllm.metrics.stats import CONTEXT_BOUNDS
 from knapspec_vllm.planner.objective import expected_tokens
@@ -249,21 +248,6 @@ class AcceptanceModel:
         if accepted + rejected < DRIFT_MIN_TRIALS:
             return 0.0
         return accepted / (accepted + rejected) - self._solver_mean(evidence)
-
-    def snapshot(self) -> dict[str, dict[str, Any]]:
-        """Plan key -> numbers, for metrics and logs."""
-        return {
-            plan.key: {
-                "plan": plan.to_text(),
-                "alpha": self.alpha(plan),
-                "solver_hits": evidence.hits,
-                "solver_trials": evidence.trials,
-                "observed_accepted": evidence.verified()[0],
-                "observed_rejected": evidence.verified()[1],
-                "drift": self.drift(plan),
-            }
-            for plan, evidence in self._plans.items()
-        }
 
     def _pooled_mean(self) -> float:
         hits = self._pool_hits + NEUTRAL_TRIALS * NEUTRAL_ALPHA

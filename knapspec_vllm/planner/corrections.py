@@ -27,6 +27,11 @@ what is known, not from the prediction: curves may be off by more, and that has 
 _PRIOR: dict[Part, int] = {"plain": 1, "verify": 4, "draft": 4}
 """Rounds that what is believed without any counts as. One slow round must not end drafting, after
 which nothing would show that it was an exception; plain rounds show it every time."""
+_SHORT = 3
+"""So many rounds in a row that took less than 1/_CLIP of what is believed: the belief is wrong, and
+the longest of them takes its place. Disturbances only ever make a round longer. With curves that
+were measured while other processes shared the cores speedups of 5 to 10 were predicted, and
+drafting went on at 0.6x for hundreds of rounds."""
 _VERSION_STEP = 0.005
 """A move of a factor by this much is worth choosing again."""
 _CONTEXT_BUCKET = math.log(2.0)
@@ -37,6 +42,27 @@ class _Mean:
     log_factor: float = 0.0
     count: int = 0
     published: float = math.inf
+    short: int = 0
+    """Rounds in a row that were shorter than belief allows."""
+    longest: float = -math.inf
+    """Of these."""
+
+    def add(self, log_factor: float, prior: int) -> bool:
+        """One more round; whether belief has turned out wrong. prior: rounds that what was believed
+        before any counts as."""
+        clip = math.log(_CLIP)
+        self.count += 1
+        if log_factor >= self.log_factor - clip:
+            self.short, self.longest = 0, -math.inf
+        else:
+            self.short, self.longest = self.short + 1, max(self.longest, log_factor)
+        if self.short == _SHORT:
+            self.log_factor, self.count = self.longest, 1
+            self.short, self.longest = 0, -math.inf
+            return True
+        step = min(max(log_factor - self.log_factor, -clip), clip)
+        self.log_factor += max(_RATE, 1.0 / (self.count + prior)) * step
+        return False
 
 
 class Corrections:
@@ -53,13 +79,14 @@ class Corrections:
         """One round's part. predicted_us: as the cost model prices it, uncorrected."""
         if not self.enabled or predicted_us <= 0 or time_us <= 0:
             return
-        log_factor, clip = math.log(time_us / predicted_us), math.log(_CLIP)
+        log_factor = math.log(time_us / predicted_us)
         believed = math.log(self.factor(part, batch))
         for bucket in (kind_of(batch), None):
             mean = self._means.setdefault((part, bucket), _Mean(believed))
-            mean.count += 1
-            step = min(max(log_factor - mean.log_factor, -clip), clip)
-            mean.log_factor += max(_RATE, 1.0 / (mean.count + _PRIOR[part])) * step
+            wrong = mean.add(log_factor, _PRIOR[part])
+            plain = self._means.get(("plain", bucket))
+            if wrong and plain is not None:  # to be seen again soon: it may be wrong as well
+                plain.count = 1
             if abs(mean.log_factor - mean.published) >= _VERSION_STEP:
                 mean.published = mean.log_factor
                 self.version += 1
@@ -105,6 +132,11 @@ class Corrections:
         if part == "plain" or here is None or there is None:
             return 0.0
         return here.log_factor - there.log_factor
+
+    def doubted(self, part: Part, batch: Batch) -> bool:
+        """Whether the last round of this kind of batch was shorter than belief allows."""
+        mean = self._means.get((part, kind_of(batch)))
+        return mean is not None and mean.short > 0
 
     def count(self, part: Part, batch: Batch) -> int:
         """Rounds of this kind of batch that were observed."""

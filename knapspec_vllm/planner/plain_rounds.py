@@ -43,7 +43,10 @@ class PlainRounds:
             self._measured[kind] = measured
             self._since[kind] = self._tries[kind] = 0
         self._since[kind] += 1
-        if self._since[kind] < self._wait(measured, self._tries[kind], speedup):
+        wait = self._wait(measured, self._tries[kind], speedup)
+        if self._corrections.doubted("plain", batch):
+            wait = min(wait, _APART)
+        if self._since[kind] < wait:
             return False
         self._tries[kind] += 1
         self._since[kind] = 0

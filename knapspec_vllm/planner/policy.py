@@ -64,8 +64,8 @@ class Policy:
         self._current: tuple[Plan, int] | None = None
         self._speculating = False
         self._last = Choice(None, 0, 1.0, "no round yet", "no plan")
-        self._last_plan: Plan | None = None
-        """The last that drafted: its drift is why nothing may draft now."""
+        self._drafted: tuple[Plan, float] | None = None
+        """The plan last chosen, for rows of so many tokens: its drift may be why none is now."""
         self._declined_rounds = 0
         self._plain = PlainRounds(self._corrections)
         self._probes = Probes(config.min_speedup)
@@ -95,6 +95,8 @@ class Policy:
     def choose(self, batch: Batch, max_draft_length: int) -> Choice:
         """What to do now; max_draft_length: what the batch has room for."""
         choice = self._decide(batch, max_draft_length)
+        if choice.plan is not None:
+            self._drafted = choice.plan, batch.context_per_row
         self.count(choice)
         measures = self._speculating and self._may_measure
         if measures and self._plain.due(batch, choice.predicted_speedup):
@@ -110,7 +112,7 @@ class Policy:
         """A round goes by this choice; `choose` counts its own."""
         self._speculating = choice.plan is not None
         self._current = None if choice.plan is None else (choice.plan, choice.draft_length)
-        self._last, self._last_plan = choice, choice.plan or self._last_plan
+        self._last = choice
         self._resolve.note_round(self._speculating, choice.round_us)
         if not self._speculating:
             self._probes.note_declined()
@@ -159,8 +161,7 @@ class Policy:
         lengths = self._lengths(self._max_draft_length)
         if not lengths:
             return None
-        plan, context = self._last_plan, batch.context_per_row
-        drift = 0.0 if plan is None else self._acceptance.drift(plan, context)
+        drift = 0.0 if self._drafted is None else self._acceptance.drift(*self._drafted)
         return self._resolve.reason(
             batch, self._frontier, drift, self._last.predicted_speedup,
             lambda: self._ceiling(batch, lengths),

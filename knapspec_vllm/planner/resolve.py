@@ -18,6 +18,9 @@ _GAIN_REALISM = 0.1
 _MIN_SHARE, _MAX_SHARE = 0.005, 0.02
 """Bounds of the share of serving time that solving may use, after the first solve."""
 _MAX_DOUBLINGS = 6
+_LEAST_USE = 0.125
+"""Share of the rounds until the next solve that speculate if plans were worth finding. Sampled text
+is accepted less than greedy choices agree: new plans draft for a dozen rounds and are given up."""
 
 
 class ResolveRule:
@@ -28,7 +31,8 @@ class ResolveRule:
         self._costs = costs
         self._rounds = 0
         self._elapsed_us = 0.0
-        self._speculated = False
+        self._speculated = 0
+        """Rounds."""
         self._solve_us: float | None = None
         self._fruitless = 0
 
@@ -36,17 +40,17 @@ class ResolveRule:
         """One round was chosen; time_us: its predicted time."""
         self._rounds += 1
         self._elapsed_us += time_us
-        self._speculated = self._speculated or speculates
+        self._speculated += speculates
 
     def note_solve(self, time_us: float, found: bool = True) -> None:
         """A solve was paid for, whether or not it found anything."""
         if self._solve_us is not None:
-            useful = self._speculated and found
+            useful = found and self._speculated >= max(_LEAST_USE * self._rounds, 1)
             self._fruitless = 0 if useful else min(self._fruitless + 1, _MAX_DOUBLINGS)
         self._solve_us = time_us
         self._rounds = 0
         self._elapsed_us = 0.0
-        self._speculated = False
+        self._speculated = 0
 
     def reason(
         self,
@@ -58,8 +62,8 @@ class ResolveRule:
     ) -> str | None:
         """Why to solve now: "first", "drift", "range" or "age"; None: do not.
 
-        drift: observed minus estimated acceptance of the plan that drafted last, which may be why
-        none does now. speedup: of the current choice. ceiling: speedup if every draft of the
+        drift: observed minus estimated acceptance of the plan last chosen, which may be why none
+        is now. speedup: of the current choice. ceiling: speedup if every draft of the
         cheapest plan were accepted; asked for last.
         """
         trigger = self._trigger(batch, frontier, drift)

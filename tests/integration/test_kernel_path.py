@@ -69,6 +69,9 @@ def test_drafts(triton_ops, dtype: str) -> None:
     with engine(model, dtype=dtype, **ENGINE) as llm:
         expected = greedy(llm, PROMPTS, 8)
     with engine(model, DRAFTING, dtype=dtype, **ENGINE) as llm:
+        clock, told = proposer_of(llm)._clock, []
+        ended = clock.ended
+        clock.ended = lambda *args: (told.append(args[4]), ended(*args))
         found = greedy(llm, PROMPTS, 8)
         stats = proposer_of(llm).stats
         layers = proposer_of(llm).engine.view.num_layers
@@ -79,6 +82,7 @@ def test_drafts(triton_ops, dtype: str) -> None:
     assert not [op for op, kind in ops.launches if kind == "eager"]
     # One attention launch for every layer that the plan does not skip, in every forward.
     forwards = ops.launches["greedy_confidence", "triton"]
+    assert sum(told) == forwards  # what a round's draft time is booked on
     assert ops.launches["paged_decode_attention", "triton"] == layers * forwards
 
 

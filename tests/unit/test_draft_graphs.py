@@ -164,6 +164,18 @@ def test_measurements_are_no_rounds():
     assert pool.find(PLANS[0], 1) is None
 
 
+def test_what_measurements_evicted_makes_captures_no_rarer():
+    """Calibration times 30 steps: with 8 graphs a plan had to come 16 times to be captured."""
+    pool, _, results = make_pool(most=2)
+    for plan in PLANS:
+        for rows in (1, 2, 4, 8):
+            pool.made(plan, rows)
+    assert results["evicted"] >= 8
+    pool.clear()
+    assert pool.find(PLANS[0], 1) is None
+    assert pool.find(PLANS[0], 1) is not None
+
+
 def test_a_round_drafts_for_its_rows_and_nothing_else():
     pool, _, _ = make_pool()
     captured = pool.made(PLANS[0], 3)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -160,6 +161,21 @@ def test_speedup_of_the_last_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert speedup() == pytest.approx(1.0)
     clock[0] += 61
     assert speedup() is None  # nothing was measured in this minute
+
+
+def test_a_failed_reading_is_not_the_last(tmp_path: Path) -> None:
+    answers = iter([RuntimeError("dictionary changed size during iteration"), state(stats())])
+
+    def read() -> dict[str, Any]:
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer
+
+    publisher = Publisher([FileSink(tmp_path, 0)], 0, "m", read)
+    assert publisher.write()
+    assert samples(shown(tmp_path)) == {}
+    assert publisher.write()
+    assert samples(shown(tmp_path))["knapspec:rounds_total", ()] == 2
 
 
 def test_the_file_goes_with_its_engine(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often calibration times a shape, and which of the times it keeps."""
+"""How often calibration times a shape, which of the times it keeps, and that ranks agree on it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from knapspec_vllm.calibration import profiler
+from knapspec_vllm.calibration import budget, profiler
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,73 @@ def test_times_of_a_shape(
 
     monkeypatch.setattr(profiler, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     engine: Any = SimpleNamespace(synchronize=lambda: None)
-    found = profiler._time(engine, run, hurry)
+    found = profiler._time(engine, run, lambda: clock[0] >= hurry)
     assert [time_us / 1e6 for time_us in found] == pytest.approx(kept)
     assert not left
+
+
+@pytest.mark.parametrize(("fails", "alone"), [(2, True), (2, False), (0, True)])
+def test_a_shape_that_finds_no_memory_is_the_last(
+    monkeypatch: pytest.MonkeyPatch, fails: int, alone: bool
+) -> None:
+    """A server that would have started without KnapSpec must start with it."""
+    measured: list[Any] = []
+
+    def cell(engine: Any, drafter: Any, tokens: int, cell: Any, budget: Any) -> list[Any]:
+        if len(measured) == fails:
+            raise torch.OutOfMemoryError("no more")
+        measured.append(cell)
+        return [cell]
+
+    monkeypatch.setattr(profiler, "_measure_cell", cell)
+    engine: Any = SimpleNamespace(max_model_len=8192, num_blocks=4096, block_size=16)
+    agreement: Any = SimpleNamespace(share=lambda value: value, alone=alone)
+    drafter: Any = None
+
+    def measure() -> list[Any]:
+        return profiler.measure(engine, drafter, 4, 8, budget.Budget(30.0, agreement))
+
+    if fails and alone:
+        assert measure() == measured
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            measure()
+    assert len(measured) == fails
+
+
+def test_ranks_measure_the_same_by_the_first_ranks_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps hold collectives: a rank that measured one more would wait in them forever."""
+    said: list[Any] = []
+
+    def measured(second: float, agreement: Any) -> tuple[int, list[list[float]]]:
+        """Shapes of a rank on which a repetition takes so long."""
+        clock = [0.0]
+
+        def run() -> None:
+            clock[0] += second
+
+        def cell(engine: Any, drafter: Any, tokens: int, cell: Any, budget: Any) -> list[Any]:
+            return [profiler._time(engine, run, budget.half_gone) for _ in range(2)]
+
+        for module in (budget, profiler):
+            monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+        monkeypatch.setattr(profiler, "_measure_cell", cell)
+        engine: Any = SimpleNamespace(
+            synchronize=lambda: None, max_model_len=8192, num_blocks=4096, block_size=16
+        )
+        drafter: Any = None
+        found: list[Any] = profiler.measure(engine, drafter, 4, 8, budget.Budget(30.0, agreement))
+        return len(found), [len(times) for times in found]
+
+    def lead(value: Any) -> Any:
+        said.append(value)
+        return value
+
+    def follow(value: Any) -> Any:
+        return said.pop(0)
+
+    first = measured(1.0, SimpleNamespace(share=lead))
+    assert 2 < first[0] < 16  # the time was up, and some shapes were measured in a hurry
+    assert {1, 3} <= set(first[1])
+    assert measured(5.0, SimpleNamespace(share=follow)) == first
+    assert not said

@@ -58,6 +58,15 @@ def test_a_round_is_a_proposal_and_the_step_after_it(monkeypatch: pytest.MonkeyP
     assert driver.stats.measured_rounds == 2
 
 
+def test_declining_is_plain_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a plain step was believed to take: after a start that was 0.86x in 8 rounds."""
+    driver = Driver(monkeypatch)
+    for _ in range(4):
+        driver.round(19.0)
+    assert driver.stats.realised_round_us == pytest.approx(60_000)
+    assert driver.stats.realised_plain_us == pytest.approx(60_000)
+
+
 def test_other_rows_are_another_round(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(monkeypatch)
     driver.round(9.0)

@@ -115,6 +115,35 @@ def test_a_factor_beyond_the_clip_is_learned():
     assert made.factor("verify", ONE) == pytest.approx(5.0, rel=0.1)
 
 
+@pytest.mark.parametrize("established", [0, 1000])
+def test_rounds_that_are_much_shorter_than_believed_are_believed_at_once(established):
+    """Nothing makes a round shorter by chance; longer ones may be any pause."""
+    made = Corrections()
+    observe(made, "plain", ONE, 100.0, rounds=established)
+    for time_us in (2.0, 3.0):
+        made.observe("plain", ONE, 100.0, time_us)
+        assert made.factor("plain", ONE) > 0.3
+        assert made.doubted("plain", ONE)
+    made.observe("plain", ONE, 100.0, 2.5)
+    assert made.factor("plain", ONE) == pytest.approx(0.03)
+    assert not made.doubted("plain", ONE)
+    made.observe("plain", ONE, 100.0, 2.0)
+    assert made.factor("plain", ONE) < 0.027
+    long = Corrections()
+    observe(long, "plain", ONE, 100.0, rounds=established or 10)
+    observe(long, "plain", ONE, 1e4, rounds=3)
+    assert long.factor("plain", ONE) < 2.0
+
+
+def test_short_rounds_have_to_come_in_a_row():
+    made = Corrections()
+    observe(made, "draft", ONE, 100.0)
+    for _ in range(3):
+        observe(made, "draft", ONE, 3.0, rounds=2)
+        observe(made, "draft", ONE, 100.0, rounds=1)
+    assert made.factor("draft", ONE) > 0.85
+
+
 def test_drafting_is_doubted_after_a_long_while_without_it():
     made = Corrections()
     observe(made, "draft", ONE, 400.0)

@@ -2,6 +2,7 @@
 """When the policy asks for another solve."""
 
 import dataclasses
+import random
 
 from knapspec_vllm.planner.types import Batch
 from tests.helpers_policy import BATCH, HALF, costs, flat, frontier, policy
@@ -54,18 +55,48 @@ def test_resolves_on_drift_range_and_age():
     assert old.resolve_reason(BATCH, True) == "age"
 
 
-def test_plans_that_text_has_left_behind_are_solved_for_while_declining():
-    """Waiting for age, a server whose traffic changed declined for 2,048 rounds."""
-    made, acceptance = policy(frontier((HALF, 990)))
+def left_behind():
+    """A policy that declines because the text its plan was found on is over."""
+    made, acceptance = policy(frontier((HALF, 30), trials=32), feedback_half_life=1024.0)
     assert made.choose(BATCH, 4).plan == HALF
-    for _ in range(100):
+    for _ in range(400):
         acceptance.observe(HALF, [(0, 4)])
     assert made.choose(BATCH, 4).plan is None
+    return made
+
+
+def test_plans_that_text_has_left_behind_are_solved_for_while_declining():
+    """Waiting for age, a server whose traffic changed declined for 2,048 rounds."""
+    made = left_behind()
     assert made.resolve_reason(BATCH, True) == "drift"
-    made.note_solve(1000.0)
-    made.set_frontier(frontier((HALF, 20)))  # the solver has seen the new text too
-    made.choose(BATCH, 4)
-    assert made.resolve_reason(BATCH, True) is None
+    for hits, expected in ((30, "drift"), (1, None)):  # of a solver that has seen the new text
+        made.note_solve(1.0)
+        made.set_frontier(frontier((HALF, hits), trials=32))
+        for _ in range(20):
+            made.choose(BATCH, 4)
+        assert made.resolve_reason(BATCH, True) == expected
+
+
+def test_a_solver_that_promises_too_much_is_asked_ever_more_rarely():
+    """Sampled text is accepted less than greedy choices agree, whatever plan is found."""
+    made, acceptance = policy(frontier((HALF, 30), trials=32))
+    generator, solved, drafted = random.Random(1), [], 0
+    for number in range(60_000):
+        if made.resolve_reason(BATCH, True) is not None:
+            solved.append(number)
+            made.note_solve(5_000.0)  # of rounds of 1,000 us
+            made.set_frontier(frontier((HALF, 30), trials=32))
+        choice = made.choose(BATCH, 4)
+        if choice.plan is None:
+            continue
+        drafted, accepted = drafted + 1, 0
+        while accepted < choice.draft_length and generator.random() < 0.6:
+            accepted += 1
+        acceptance.observe(choice.plan, [(accepted, choice.draft_length)], BATCH.context_per_row)
+    assert len(solved) <= 15
+    assert solved[0] < 1000  # not of age
+    assert solved[-1] - solved[-2] > 20 * (solved[1] - solved[0])
+    assert drafted < 600
 
 
 def test_a_solve_has_to_be_repaid():
