@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from knapspec_vllm.draft.proposer import KnapSpecProposer
 
 
+_MOST_ROWS = 0.75
+"""Share of a batch's rows that draft in a round that shows what its drafts take."""
+
+
 class AsyncPlanning:
     """One engine's decisions, which its scheduler asks for, and its drafts, which its runner does.
 
@@ -122,7 +126,7 @@ class AsyncPlanning:
         gained = self._feedback(scheduler, scheduler_output, output, found)
         if found.sampled is None or found.drafted is None:
             return  # no row was sampled
-        self._learn_drafts(found, between_us(found.sampled, found.drafted))
+        self._learn_drafts(scheduler_output, found, between_us(found.sampled, found.drafted))
         if before is None or before.number != found.number - 1 or before.drafted is None:
             return
         self._learn_step(scheduler_output, found, gained, between_us(before.drafted, found.sampled))
@@ -236,12 +240,17 @@ class AsyncPlanning:
             proposer.planning.feedback(last.choice.plan, verified, last.batch.context_per_row)
         return gained
 
-    def _learn_drafts(self, found: AsyncRound, time_us: float) -> None:
+    def _learn_drafts(self, scheduler_output: Any, found: AsyncRound, time_us: float) -> None:
+        """Teaches where most rows drafted, behind a step of theirs: a prompt's hides launches."""
         decision, policy = found.decides, self._proposer.planning.policy  # type: ignore[union-attr]
         if decision is None:
             return
         decision.draft_us = time_us if decision.draft_length else 0.0
         plan, usual = decision.choice.plan, decision.settled and not decision.solving
+        tokens, most = scheduler_output.num_scheduled_tokens, self._proposer.num_speculative_tokens
+        alone = tokens.keys() == decision.limits.keys()
+        usual &= alone and all(number <= 1 + most for number in tokens.values())
+        usual &= sum(map(bool, decision.limits.values())) >= _MOST_ROWS * decision.batch.rows
         if policy is not None and plan is not None and decision.draft_length and usual:
             policy.observe_draft(decision.batch, plan, decision.draft_length, time_us)
 

@@ -41,28 +41,35 @@ _CONTEXT_BUCKET = math.log(2.0)
 class _Mean:
     log_factor: float = 0.0
     count: int = 0
+    young: int = 0
+    """Rounds since belief was replaced; all, if it never was."""
     published: float = math.inf
     short: int = 0
     """Rounds in a row that were shorter than belief allows."""
     longest: float = -math.inf
     """Of these."""
+    doubted: bool = False
+    """Another part of the same rounds has turned out wrong."""
 
-    def add(self, log_factor: float, prior: int) -> bool:
-        """One more round; whether belief has turned out wrong. prior: rounds that what was believed
-        before any counts as."""
+    def refuted(self, log_factor: float) -> bool:
+        """Whether this round is the last of so many short ones that belief must be wrong."""
+        if log_factor >= self.log_factor - math.log(_CLIP):
+            self.short, self.longest, self.doubted = 0, -math.inf, False
+            return False
+        self.short, self.longest = self.short + 1, max(self.longest, log_factor)
+        return self.short >= _SHORT
+
+    def replace(self, log_factor: float) -> None:
+        """Believe this instead."""
+        self.log_factor, self.young = log_factor, 1
+        self.short, self.longest, self.doubted = 0, -math.inf, False
+
+    def add(self, log_factor: float, prior: int) -> None:
+        """One more round. prior: rounds that what was believed before any counts as."""
         clip = math.log(_CLIP)
-        self.count += 1
-        if log_factor >= self.log_factor - clip:
-            self.short, self.longest = 0, -math.inf
-        else:
-            self.short, self.longest = self.short + 1, max(self.longest, log_factor)
-        if self.short == _SHORT:
-            self.log_factor, self.count = self.longest, 1
-            self.short, self.longest = 0, -math.inf
-            return True
+        self.count, self.young = self.count + 1, self.young + 1
         step = min(max(log_factor - self.log_factor, -clip), clip)
-        self.log_factor += max(_RATE, 1.0 / (self.count + prior)) * step
-        return False
+        self.log_factor += max(_RATE, 1.0 / (self.young + prior)) * step
 
 
 class Corrections:
@@ -80,13 +87,22 @@ class Corrections:
         if not self.enabled or predicted_us <= 0 or time_us <= 0:
             return
         log_factor = math.log(time_us / predicted_us)
-        believed = math.log(self.factor(part, batch))
-        for bucket in (kind_of(batch), None):
-            mean = self._means.setdefault((part, bucket), _Mean(believed))
-            wrong = mean.add(log_factor, _PRIOR[part])
-            plain = self._means.get(("plain", bucket))
-            if wrong and plain is not None:  # to be seen again soon: it may be wrong as well
-                plain.count = 1
+        believed, kind = math.log(self.factor(part, batch)), kind_of(batch)
+        own = self._means.setdefault((part, kind), _Mean(believed))
+        # Batches of all kinds take turns here, so that short rounds in a row mean nothing.
+        overall = self._means.setdefault((part, None), _Mean(believed))
+        if own.refuted(log_factor):
+            truth = own.longest
+            others = self._means.keys() - {(part, kind), (part, None)}
+            # What a kind has only borrowed from the others may well be right for them.
+            if own.count >= _SHORT or not any(other == part for other, _ in others):
+                overall.replace(truth)
+            own.replace(truth)
+            plain = self._means.get(("plain", kind))
+            if part != "plain" and plain is not None:
+                plain.doubted = True
+        for mean in (own, overall):
+            mean.add(log_factor, _PRIOR[part])
             if abs(mean.log_factor - mean.published) >= _VERSION_STEP:
                 mean.published = mean.log_factor
                 self.version += 1
@@ -99,7 +115,8 @@ class Corrections:
                 plain = self._means.get(("plain", bucket)) or self._means.get(("plain", None))
                 shared = 0.0 if plain is None else plain.log_factor
                 mean.log_factor = 0.5 * (mean.log_factor + shared)
-                mean.count = 0
+                mean.count = mean.young = mean.short = 0
+                mean.longest = -math.inf
         self.version += 1
 
     def factor(self, part: Part, batch: Batch) -> float:
@@ -134,9 +151,10 @@ class Corrections:
         return here.log_factor - there.log_factor
 
     def doubted(self, part: Part, batch: Batch) -> bool:
-        """Whether the last round of this kind of batch was shorter than belief allows."""
+        """Whether belief about this kind of batch may be wrong: its last round was shorter than it
+        allows, or another part of its rounds was."""
         mean = self._means.get((part, kind_of(batch)))
-        return mean is not None and mean.short > 0
+        return mean is not None and (mean.short > 0 or mean.doubted)
 
     def count(self, part: Part, batch: Batch) -> int:
         """Rounds of this kind of batch that were observed."""

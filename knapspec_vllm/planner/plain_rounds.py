@@ -44,7 +44,7 @@ class PlainRounds:
             self._since[kind] = self._tries[kind] = 0
         self._since[kind] += 1
         wait = self._wait(measured, self._tries[kind], speedup)
-        if self._corrections.doubted("plain", batch):
+        if self._corrections.doubted("plain", batch) and not self._tries[kind]:
             wait = min(wait, _APART)
         if self._since[kind] < wait:
             return False

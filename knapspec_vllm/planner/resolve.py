@@ -18,9 +18,9 @@ _GAIN_REALISM = 0.1
 _MIN_SHARE, _MAX_SHARE = 0.005, 0.02
 """Bounds of the share of serving time that solving may use, after the first solve."""
 _MAX_DOUBLINGS = 6
-_LEAST_USE = 0.125
-"""Share of the rounds until the next solve that speculate if plans were worth finding. Sampled text
-is accepted less than greedy choices agree: new plans draft for a dozen rounds and are given up."""
+_STILL_USED = 0.5
+"""Plans that were worth finding are used beyond this share of the rounds until the next solve.
+Sampled text is accepted less than greedy choices agree: some draft for a dozen rounds at first."""
 
 
 class ResolveRule:
@@ -31,8 +31,8 @@ class ResolveRule:
         self._costs = costs
         self._rounds = 0
         self._elapsed_us = 0.0
-        self._speculated = 0
-        """Rounds."""
+        self._last_use = 0
+        """Number of the last round that speculated."""
         self._solve_us: float | None = None
         self._fruitless = 0
 
@@ -40,17 +40,18 @@ class ResolveRule:
         """One round was chosen; time_us: its predicted time."""
         self._rounds += 1
         self._elapsed_us += time_us
-        self._speculated += speculates
+        if speculates:
+            self._last_use = self._rounds
 
     def note_solve(self, time_us: float, found: bool = True) -> None:
         """A solve was paid for, whether or not it found anything."""
         if self._solve_us is not None:
-            useful = found and self._speculated >= max(_LEAST_USE * self._rounds, 1)
+            useful = found and 0 < self._last_use >= _STILL_USED * self._rounds
             self._fruitless = 0 if useful else min(self._fruitless + 1, _MAX_DOUBLINGS)
         self._solve_us = time_us
         self._rounds = 0
         self._elapsed_us = 0.0
-        self._speculated = 0
+        self._last_use = 0
 
     def reason(
         self,
