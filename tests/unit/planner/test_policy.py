@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choices by hand-computed numbers: start, stop, hysteresis, forced settings."""
 
-import dataclasses
-import random
 import time
 from itertools import pairwise
 
@@ -13,7 +11,7 @@ from knapspec_vllm.planner.acceptance import AcceptanceModel, _bucket, _Seen
 from knapspec_vllm.planner.objective import paper_tpt, throughput_tpt
 from knapspec_vllm.planner.policy import Policy
 from knapspec_vllm.planner.types import Batch, Plan
-from tests.helpers_policy import BATCH, HALF, LAYERS, LIGHT, costs, flat, frontier, policy
+from tests.helpers_policy import BATCH, HALF, LAYERS, LIGHT, costs, frontier, policy
 
 
 def test_speedup_by_hand():
@@ -256,40 +254,6 @@ def test_mixed_rows_teach_what_verifying_takes():
         true_us = 2.0 * made.costs.step_us(batch, 1 + 0.9 * length)
         assert verify_us == pytest.approx(true_us, rel=0.05), length
     assert plain_us == pytest.approx(1000.0)
-
-
-@pytest.mark.parametrize("settled", [0, 400])
-def test_curves_of_a_disturbed_machine_are_found_out(settled):
-    """Target steps look 40 to 50 times too slow and drafts 10 times. An engine calibrated beside
-    other work drafted at 0.6x of plain decoding for hundreds of rounds, 5 to 10x predicted.
-    settled: rounds in which what was measured is true; then the machine is left alone."""
-    truth = costs(verify_us=1200.0)
-    slow = costs(fixed_us=1000.0, verify_us=12_000.0)
-    slow = dataclasses.replace(
-        slow,
-        steps=((1, flat(50_000.0)), *slow.steps[1:]),
-        attention=flat(400.0), attention_window=flat(400.0), mlp=flat(500.0),
-    )  # fmt: skip
-    made, acceptance = policy(frontier((HALF, 30), trials=32), slow, round_overhead_us=None)
-    generator, drafted = random.Random(1), []
-    for number in range(settled + 400):
-        costs_now = slow if number < settled else truth
-        choice = made.choose(BATCH, 8)
-        drafted.append(choice.draft_length > 0)
-        fed = 1 + choice.draft_length
-        made.observe_step(BATCH, fed, costs_now.step_us(BATCH, fed))
-        if choice.plan is not None:
-            draft_us = choice.draft_length * costs_now.draft_us(choice.plan, BATCH)
-            made.observe_draft(BATCH, choice.plan, choice.draft_length, draft_us)
-            accepted = 0
-            while accepted < choice.draft_length and generator.random() < 0.6:
-                accepted += 1
-            row = accepted, choice.draft_length
-            acceptance.observe(choice.plan, [row], BATCH.context_per_row)
-    assert sum(drafted[:settled]) >= 0.7 * settled  # as it should, were it true
-    lost = sum(drafted[settled:])
-    assert lost < 40, lost  # probes included
-    assert made.plain_us(BATCH) == pytest.approx(1000.0, rel=0.05)
 
 
 def test_equal_inputs_give_equal_choices():
