@@ -35,6 +35,8 @@ for line in sys.stdin:
         time.sleep(600)
     tokens, batch, at = request["sampling"]["max_tokens"], request["batch"], 0
     speed = settings.get("speed", 10.0)
+    if request["turn"]:
+        answer({"turn": "over"}); sys.stdin.readline()
     batches = []
     for at in range(0, len(request["prompts"]), batch):
         rows = request["prompts"][at:at + batch]

@@ -61,6 +61,8 @@ class Benchmark:
             tokens=arguments.tokens,
             requests=arguments.requests,
             natural_end=arguments.natural_end,
+            starts=arguments.starts,
+            turn=arguments.turn,
         )
         local = Path(arguments.model).is_dir()
         self._environment = {"HF_HUB_OFFLINE": "1"} if local else {}
@@ -168,8 +170,8 @@ class Benchmark:
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What all cells of a run have in common."""
     names = (
-        "workload", "texts", "rounds", "warm_up", "requests", "tokens", "natural_end", "eager",
-        "engine_args",
+        "workload", "texts", "rounds", "starts", "turn", "warm_up", "requests", "tokens",
+        "natural_end", "eager", "engine_args",
     )  # fmt: skip
     model = Path(arguments.model).name if Path(arguments.model).is_dir() else arguments.model
     return {"model": model, **{name: getattr(arguments, name) for name in names}}

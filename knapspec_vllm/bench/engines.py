@@ -80,22 +80,20 @@ class Engine:
         self._rest = b""
         self.facts = self._read()
 
-    def run(self, prompts: list[list[int]], batch: int, sampling: dict[str, Any]) -> dict[str, Any]:
-        """One round over all prompts, `batch` requests at a time; see `worker.run_round`."""
+    def turn(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """Work on a request, see `worker.run_round`, or go on with it, then stand still.
+
+        None: this turn is over and the request is not.
+        """
         assert self.process is not None
         assert self.process.stdin is not None
-        request = {"prompts": prompts, "batch": batch, "sampling": sampling}
+        self._signal(signal.SIGCONT)
         with suppress(BrokenPipeError):  # the read below says why
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
-        return self._read()
-
-    @contextmanager
-    def awake(self) -> Iterator[None]:
-        """The engine's turn: it runs inside the block and stands still behind it."""
-        self._signal(signal.SIGCONT)
-        yield
+        answer = self._read()
         self._signal(signal.SIGSTOP)
+        return None if "turn" in answer else answer
 
     def pause(self) -> None:
         self._signal(signal.SIGSTOP)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from knapspec_vllm.bench.arms import PLAIN
 from knapspec_vllm.bench.provenance import without_folders
-from knapspec_vllm.bench.results import FILE, Measurement, Results, Round
+from knapspec_vllm.bench.results import FILE, Measurement, Results, Round, joined
 
 CSV_FILE = "bench.csv"
 #: Below this, an arm counts as slower than plain vLLM.
@@ -73,6 +73,8 @@ class Figures:
     plan: str | None
     draft_length: int | None
     decision: str | None
+    #: Medians of the rounds of each start of the engines.
+    ratio_by_start: tuple[float, ...] = ()
 
 
 def all_figures(results: Results) -> list[Figures]:
@@ -80,10 +82,30 @@ def all_figures(results: Results) -> list[Figures]:
     found = []
     for cell in results.cells:
         for arm in results.arms:
-            measurement = results.find(arm, cell)
-            if measurement is not None and measurement.rounds:
-                found.append(figures(measurement, *results.baseline(measurement)))
+            parts = [part for part in results.parts(arm, cell) if part.rounds]
+            if parts:
+                found.append(_of_starts(parts, [results.baseline(part) for part in parts]))
     return found
+
+
+def _of_starts(
+    parts: Sequence[Measurement], bases: Sequence[tuple[Measurement | None, bool]]
+) -> Figures:
+    """Of an arm's measurements of one cell, each with its `Results.baseline`."""
+    plains = [plain for plain, _ in bases if plain is not None]
+    alone = len(plains) < len(parts)
+    whole = figures(joined(parts), None if alone else joined(plains), all(b for _, b in bases))
+    pairs = zip(parts, plains, strict=not alone)
+    ratios = [statistics.median(found) for pair in pairs if (found := _ratios(*pair))]
+    return dataclasses.replace(whole, ratio_by_start=tuple(ratios))
+
+
+def _ratios(mine: Measurement, plain: Measurement) -> list[float]:
+    """Of tokens per second over plain's, round by round; none for plain itself."""
+    if mine.arm == PLAIN:
+        return []
+    pairs = zip(mine.rounds, plain.rounds, strict=False)
+    return [a.tokens_per_second / b.tokens_per_second for a, b in pairs if b.tokens_per_second > 0]
 
 
 def figures(mine: Measurement, plain: Measurement | None, alternated: bool = True) -> Figures:
@@ -93,9 +115,8 @@ def figures(mine: Measurement, plain: Measurement | None, alternated: bool = Tru
     ratios: list[float] = []
     best = full_ratio = tpot_ratio = realised = None
     if plain is not None and mine.arm != PLAIN:
-        base = [r.tokens_per_second for r in plain.rounds]
-        ratios = [a / b for a, b in zip(speeds, base, strict=False) if b > 0]
-        best = quotient(max(speeds), max(base))
+        ratios = _ratios(mine, plain)
+        best = quotient(max(speeds), max(r.tokens_per_second for r in plain.rounds))
         pairs = list(zip(mine.rounds, plain.rounds, strict=False))
         full_ratio = _median(
             quotient(a.full_tokens_per_second, b.full_tokens_per_second) for a, b in pairs

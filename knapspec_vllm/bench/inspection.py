@@ -17,6 +17,14 @@ def knapspec_snapshot(worker: Any) -> str:
     return json.dumps(snapshot() if callable(snapshot) else None)
 
 
+def knapspec_stood_still(worker: Any) -> None:
+    """Tell KnapSpec, where it is selected, that the engine did not run for a while."""
+    drafter = getattr(getattr(worker, "model_runner", None), "drafter", None)
+    stood_still = getattr(drafter, "stood_still", None)
+    if callable(stood_still):
+        stood_still()
+
+
 def worker_facts(worker: Any) -> str:
     """What a worker computes on."""
     import torch

@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from knapspec_vllm.bench.arms import DEFAULT, NAMES, UsageError
 from knapspec_vllm.bench.workloads import WORKLOADS
+
+#: vLLM's: "0" keeps the engine core in the process of vllm.LLM.
+IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 DESCRIPTION = """\
 Arms against plain vLLM as shipped, over batch x context x temperature. Every arm is an engine in a
@@ -64,6 +68,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "contexts, but every adaptive arm then knows the text, and there is no ttft",
     )  # fmt: skip
     add("--rounds", type=positive, default=5, help="counted rounds of a cell")
+    add(
+        "--starts", type=positive, default=1, metavar="N",
+        help="start every engine so many times and share the rounds among them: engines of one "
+        "kind differ by some per cent from start to start, which more rounds do not show",
+    )  # fmt: skip
+    add(
+        "--turn", type=seconds, default=0.0, metavar="SECONDS",
+        help="arms take turns of this length in the middle of a batch (0.5 is a good one), so that "
+        "all see the same of a machine whose speed moves; default: turns of a whole round. Needs "
+        "VLLM_ENABLE_V1_MULTIPROCESSING=0",
+    )  # fmt: skip
     add("--warm-up", type=_whole, default=1, metavar="ROUNDS", help="not counted, of every cell")
     add(
         "--requests", type=positive, default=2, metavar="N",
@@ -110,6 +125,13 @@ def check(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--engine-args: {name} is the benchmark's to set")
     if "store_dir" in arguments.settings:
         raise UsageError("--settings: write --store FOLDER instead of store_dir")
+    if arguments.starts > arguments.rounds:
+        raise UsageError(f"--starts {arguments.starts} needs as many --rounds at least")
+    if arguments.turn and os.environ.get(IN_PROCESS) != "0":
+        raise UsageError(
+            f"--turn stops engines between two steps, which an engine core in a process of its own "
+            f"does not tell: set {IN_PROCESS}=0"
+        )
     longest = arguments.engine_args.get("max_model_len")
     needed = max(arguments.context) + arguments.tokens
     if isinstance(longest, int) and longest < needed:
@@ -147,11 +169,20 @@ def _whole(text: str) -> int:
     return number
 
 
+def seconds(text: str) -> float:
+    """A time of 0 or more."""
+    return _number(text, "time in seconds")
+
+
 def _temperature(text: str) -> float:
+    return _number(text, "temperature")
+
+
+def _number(text: str, what: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value < 100:
-        raise argparse.ArgumentTypeError(f"{text} is not a temperature of 0 or more")
+        raise argparse.ArgumentTypeError(f"{text} is not a {what} of 0 or more")
     return value

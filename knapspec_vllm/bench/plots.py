@@ -156,7 +156,7 @@ def _phases(measurement: Measurement) -> dict[str, float]:
 
 def _acceptance(plt: Any, results: Results, rows: Sequence[Figures]) -> Any:
     """Share of the tokens drafted at each position that were accepted."""
-    lines = [(m, by_position(m)) for m in results.measurements if m.arm != PLAIN]
+    lines = [(m, by_position(m)) for m in results.whole() if m.arm != PLAIN]
     lines = [(m, shares) for m, shares in lines if any(v is not None for v in shares)]
     arms = list(dict.fromkeys(m.arm for m, _ in lines))
     figure, axes = plt.subplots(
@@ -218,7 +218,7 @@ def knapspec_family(results: Results) -> list[str]:
 
 
 def _knapspec_measurements(results: Results) -> list[Measurement]:
-    return [m for m in results.measurements if m.knapspec is not None]
+    return [m for m in results.whole() if m.knapspec is not None]
 
 
 def _others(rows: Sequence[Figures]) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from knapspec_vllm.bench.arms import PLAIN, UsageError
+from knapspec_vllm.bench.counters import total
 from knapspec_vllm.bench.provenance import without_folders
 
 FORMAT = 1
@@ -127,6 +128,27 @@ class Measurement:
         )
 
 
+def joined(parts: Sequence[Measurement]) -> Measurement:
+    """One arm's measurements of one cell, in several starts of its engine, as one."""
+    first = parts[0]
+    for part in parts[1:]:
+        first = dataclasses.replace(
+            first,
+            rounds=first.rounds + part.rounds,
+            counters=total(first.counters, part.counters),
+            knapspec=later(first.knapspec, part.knapspec),
+            memory_bytes=part.memory_bytes,
+        )
+    return first
+
+
+def later(before: dict[str, Any] | None, now: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The newer of two states of KnapSpec, with the counters of both."""
+    if before is None or now is None:
+        return now
+    return {**now, "stats": total(before.get("stats", {}), now.get("stats", {}))}
+
+
 @dataclass
 class Results:
     """A whole run. settings and arms decide whether a run may go on in the same folder."""
@@ -139,13 +161,18 @@ class Results:
     cells: list[Cell] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
 
-    def find(self, arm: str, cell: Cell) -> Measurement | None:
-        """The arm's first measurement of the cell."""
-        return next((m for m in self.measurements if m.arm == arm and m.cell == cell), None)
+    def parts(self, arm: str, cell: Cell) -> list[Measurement]:
+        """The arm's measurements of the cell, one per start of its engine."""
+        return [m for m in self.measurements if m.arm == arm and m.cell == cell]
+
+    def whole(self) -> list[Measurement]:
+        """One measurement per arm and cell, in the order in which they began."""
+        keys = dict.fromkeys((m.arm, m.cell) for m in self.measurements)
+        return [joined(self.parts(arm, cell)) for arm, cell in keys]
 
     def baseline(self, measurement: Measurement) -> tuple[Measurement | None, bool]:
         """(plain vLLM's measurement to compare with, whether the two took turns)."""
-        plains = [m for m in self.measurements if m.arm == PLAIN and m.cell == measurement.cell]
+        plains = self.parts(PLAIN, measurement.cell)
         beside = [m for m in plains if m.session == measurement.session]
         if beside:
             return beside[0], True

@@ -67,6 +67,8 @@ def _remarks(row: Figures, indent: int) -> list[str]:
         )
         share = "" if row.drafting is None else f"drafted in {row.drafting:.0%} of rounds; "
         texts.append(f"{share}last decision: {row.decision}{plan}")
+    if len(row.ratio_by_start) > 1:
+        texts.append("by start: " + " ".join(f"{ratio:.3f}x" for ratio in row.ratio_by_start))
     if row.memory_mib is not None:
         added = row.arm != PLAIN and row.memory_added_mib is not None
         than = f", {row.memory_added_mib:+,.0f} MiB over plain" if added else ""

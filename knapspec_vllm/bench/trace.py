@@ -7,7 +7,8 @@ another, so the time in which all of them decode begins in the middle of a step'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,12 +16,39 @@ from typing import Any
 Step = tuple[float, tuple[int, ...]]
 
 
+class Turns:
+    """Lets other arms work in the middle of a batch, and keeps that out of its times.
+
+    A shared machine changes speed within seconds; arms that take turns of half a second see the
+    same of it, and arms that take turns of whole batches do not.
+    """
+
+    def __init__(self, seconds: float, wait: Callable[[], None]) -> None:
+        """seconds: length of a turn at least, 0: no end. wait: returns at the next one's begin."""
+        self._length, self._wait = seconds, wait
+        self._begun = time.monotonic()
+        #: Seconds between turns so far.
+        self.waited = 0.0
+
+    def begin(self) -> None:
+        self._begun = time.monotonic()
+
+    def after_step(self) -> None:
+        now = time.monotonic()
+        if self._length and now - self._begun >= self._length:
+            self._wait()
+            self._begun = time.monotonic()
+            self.waited += self._begun - now
+
+
 @contextmanager
-def traced(engine: Any) -> Iterator[list[Step]]:
+def traced(engine: Any, turns: Turns | None = None) -> Iterator[list[Step]]:
     """Record the steps of an LLMEngine inside the block; none where it keeps no statistics."""
     steps: list[Step] = []
     rows: list[Any] = []
     original = engine.step
+    turns = turns or Turns(0.0, lambda: None)
+    turns.begin()
 
     def step(*args: Any, **kwargs: Any) -> Any:
         if not rows:  # generate() has added all requests; those that end leave the dict
@@ -28,8 +56,9 @@ def traced(engine: Any) -> Iterator[list[Step]]:
             rows.extend(getattr(state, "stats", None) for state in states.values())
         outputs = original(*args, **kwargs)
         if rows and None not in rows:
-            clock = max(row.last_token_ts for row in rows)
+            clock = max(row.last_token_ts for row in rows) - turns.waited
             steps.append((clock, tuple(row.num_generation_tokens for row in rows)))
+        turns.after_step()
         return outputs
 
     engine.step = step  # on the instance: the class stays as it is
@@ -37,6 +66,16 @@ def traced(engine: Any) -> Iterator[list[Step]]:
         yield steps
     finally:
         del engine.step
+
+
+def row_times(steps: Sequence[Step]) -> list[tuple[float, float]]:
+    """Each row's first and last token on the engine's clock, in seconds; in the rows' order."""
+    found = []
+    for row in range(len(steps[-1][1]) if steps else 0):
+        counts = [counts[row] for _, counts in steps]
+        first = next(i for i, count in enumerate(counts) if count)
+        found.append((steps[first][0], steps[counts.index(counts[-1])][0]))
+    return found
 
 
 def windows(steps: Sequence[Step]) -> dict[str, list[float] | None]:

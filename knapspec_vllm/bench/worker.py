@@ -3,23 +3,31 @@
 
 Started as `python -m knapspec_vllm.bench.worker` with vllm.LLM's arguments as JSON. Reads one JSON
 object a line from stdin and answers with one on the original stdout: first what the engine is, then
-one answer per request; where something fails {"error": ...} and the end. See `engines` as well.
+one answer per request; where something fails {"error": ...} and the end. A request with "turn" in
+seconds is answered with {"turn": "over"} whenever they have passed, and goes on when the next line
+comes, whatever it says. See `engines` as well.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 from knapspec_vllm.bench.counters import difference, total
-from knapspec_vllm.bench.inspection import knapspec_snapshot, worker_facts, worker_memory
-from knapspec_vllm.bench.trace import traced, windows
+from knapspec_vllm.bench.inspection import (
+    knapspec_snapshot,
+    knapspec_stood_still,
+    worker_facts,
+    worker_memory,
+)
+from knapspec_vllm.bench.trace import Turns, row_times, traced, windows
 
 _COUNTERS = "vllm:spec_decode_"
 #: Of a prompt's tokens; chat templates begin alike.
@@ -41,7 +49,8 @@ def main() -> int:
         _answer(answers, {"ready_seconds": time.perf_counter() - start, **engine_facts(llm)})
         for line in sys.stdin:
             request = json.loads(line)
-            _answer(answers, run_round(llm, **request))
+            turns = Turns(request.pop("turn", 0.0), functools.partial(_next_turn, llm, answers))
+            _answer(answers, run_round(llm, **request, turns=turns))
     except Exception as error:
         from knapspec_vllm.doctor import sentences
 
@@ -54,15 +63,27 @@ def main() -> int:
     return 0
 
 
+def _next_turn(llm: Any, answers: TextIO) -> None:
+    """Say that this turn is over, and wait for the next one."""
+    _answer(answers, {"turn": "over"})
+    if not sys.stdin.readline():
+        raise EOFError("the benchmark ended in the middle of a batch")
+    llm.collective_rpc(knapspec_stood_still)
+
+
 def run_round(
-    llm: Any, prompts: list[list[int]], batch: int, sampling: dict[str, Any]
+    llm: Any,
+    prompts: list[list[int]],
+    batch: int,
+    sampling: dict[str, Any],
+    turns: Turns | None = None,
 ) -> dict[str, Any]:
     """All prompts, `batch` requests at a time; counters over the timed passes only."""
     batches = []
     counted_all: dict[str, Any] = {}
     state: dict[str, Any] | None = None
     for at in range(0, len(prompts), batch):
-        result, counted, now = run_batch(llm, prompts[at : at + batch], sampling)
+        result, counted, now = run_batch(llm, prompts[at : at + batch], sampling, turns)
         batches.append(result)
         counted_all = total(counted_all, counted)
         if now is not None:
@@ -77,7 +98,7 @@ def run_round(
 
 
 def run_batch(
-    llm: Any, prompts: list[list[int]], sampling: dict[str, Any]
+    llm: Any, prompts: list[list[int]], sampling: dict[str, Any], turns: Turns | None = None
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
     """(times and tokens, counted by vLLM, counted by KnapSpec) of one batch.
 
@@ -90,26 +111,29 @@ def run_batch(
     first = llm.generate(requests, SamplingParams(**{**sampling, "max_tokens": 1}), use_tqdm=False)
     params = SamplingParams(**sampling)
     before, state_before = counters(llm), knapspec_state(llm)
-    start = time.perf_counter()
-    with traced(llm.llm_engine) as steps:
+    start, waited = time.monotonic(), 0.0 if turns is None else turns.waited
+    with traced(llm.llm_engine, turns) as steps:
         second = llm.generate(requests, params, use_tqdm=False)
-    seconds = time.perf_counter() - start
+    seconds = time.monotonic() - start
+    if turns is not None:
+        seconds -= turns.waited - waited
     after, state = counters(llm), knapspec_state(llm)
     if state is not None:
         state["stats"] = difference(state.get("stats", {}), (state_before or {}).get("stats"))
-    found = [_request(a, b) for a, b in zip(first, second, strict=True)]
+    times: Sequence[tuple[float | None, float | None]] = row_times(steps)
+    times = times or [(None, None)] * len(second)
+    found = [_request(a, b, *t) for a, b, t in zip(first, second, times, strict=True)]
     result = {"seconds": seconds, "requests": found, **windows(steps)}
     return result, difference(after, before), state
 
 
-def _request(first: Any, second: Any) -> dict[str, Any]:
+def _request(first: Any, second: Any, begin: float | None, end: float | None) -> dict[str, Any]:
     """One request's tokens and times in seconds; None where this vLLM gives none."""
-    metrics = getattr(second, "metrics", None)
     cached = getattr(first, "num_cached_tokens", None) or 0
     return {
         "tokens": list(second.outputs[0].token_ids),
-        "first": getattr(metrics, "first_token_ts", None),
-        "last": getattr(metrics, "last_token_ts", None),
+        "first": begin,
+        "last": end,
         "ttft": getattr(getattr(first, "metrics", None), "first_token_latency", None),
         "cached": cached > _CACHED_SHARE * len(second.prompt_token_ids),
     }

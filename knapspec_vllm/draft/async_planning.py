@@ -76,6 +76,10 @@ class AsyncPlanning:
         length = 0 if self._decided is None else self._decided.draft_length
         scheduler_output.num_spec_tokens_to_schedule = length
 
+    def stood_still(self) -> None:
+        """See `KnapSpecProposer`: the step scheduled next does not follow the last one in time."""
+        self._number += 1
+
     def cap(self, scheduler: Any, scheduler_output: Any) -> None:
         """After vLLM has given every row as many placeholders: fewer for those that want fewer."""
         found: AsyncRound | None = getattr(scheduler_output, ROUND, None)
@@ -172,10 +176,7 @@ class AsyncPlanning:
         return Decision(
             choice=choice,
             batch=batch,
-            limits={
-                req_id: min(limit, length)
-                for req_id, limit in zip(candidates.req_ids, limits, strict=True)
-            },
+            limits={r: min(n, length) for r, n in zip(candidates.req_ids, limits, strict=True)},
             longest=max(computed for _, computed in rows) + 1 + length,
             solving=solve_us > 0 or planning.solving.under_way,
             own_us=max(0.0, (time.perf_counter() - started) * 1e6 - solve_us),
@@ -295,6 +296,5 @@ class _Known:
 
 def _most_remaining(request: Any) -> int:
     """Upper bound of what the request may produce after the token that its step samples."""
-    limit = request.max_tokens
     under_way = 1 if request.num_output_placeholders > 0 else 0
-    return int(limit) - int(request.num_output_tokens) - under_way - 1
+    return int(request.max_tokens) - int(request.num_output_tokens) - under_way - 1

@@ -10,11 +10,14 @@ kernels get it as `ops.PagedKV`.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 
 from knapspec_vllm import ops
+
+logger = logging.getLogger("vllm.knapspec")
 
 #: Ids are written in base 8 as digits 1..8, which every cache dtype down to fp8 e5m2 holds exactly.
 _BASE = 8
@@ -166,3 +169,18 @@ def _block_axis(cache: torch.Tensor, block_size: int, elements_per_token: int) -
     raise UnknownCacheLayoutError(
         f"a KV cache of shape {tuple(cache.shape)} does not hold {per_block} elements a block"
     )
+
+
+def bind_layers(layers: list[Any], block_size: int) -> tuple[ops.PagedKV, ...]:
+    """K and V of every layer; empty, with a warning, where the cache cannot be read."""
+    try:
+        # One probe serves all layers: they share backend, shape and dtype (one KV cache group).
+        layout = CacheLayout(layers[0], block_size)
+    except UnknownCacheLayoutError as error:
+        logger.warning(
+            "KnapSpec cannot solve for plans on this attention backend (%s); it will use stored "
+            "or forced plans only",
+            error,
+        )
+        return ()
+    return tuple(layout.bind(layer) for layer in layers)

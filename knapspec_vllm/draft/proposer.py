@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from knapspec_vllm import models, ops
+from knapspec_vllm import models
 from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.draft.agreement import Agreement
 from knapspec_vllm.draft.async_planning import AsyncPlanning
-from knapspec_vllm.draft.cache_layout import CacheLayout, UnknownCacheLayoutError
+from knapspec_vllm.draft.cache_layout import bind_layers
 from knapspec_vllm.draft.drafter import Drafter
 from knapspec_vllm.draft.engine import Engine, own_attention_groups
 from knapspec_vllm.draft.graphs import CudaCapture, StepGraphs, refusal
@@ -87,7 +87,7 @@ class KnapSpecProposer:
             block_size=block_size,
             num_blocks=int(cache_config.num_blocks) * (manager_block_size // block_size),
             max_model_len=int(runner.max_model_len),
-            paged_kv=_paged_kv(layers, block_size),
+            paged_kv=bind_layers(layers, block_size),
         )
         self.geometry = WindowGeometry.of(
             self.config.sink_tokens, self.config.window_tokens, block_size
@@ -189,6 +189,12 @@ class KnapSpecProposer:
         self._clock.ended(batch, rows, choice, lengths, forwards, draft_us, solve_us, unusual)
         return drafts
 
+    def stood_still(self) -> None:
+        """The engine did not run for a while: what the present round takes teaches nothing."""
+        self._clock.stop()
+        if self.asynchronous is not None:
+            self.asynchronous.stood_still()
+
     def snapshot(self) -> dict[str, Any]:
         """What the planner did so far, JSON-ready; see `draft.snapshot`."""
         return snapshot(self)
@@ -283,18 +289,3 @@ def _remaining_tokens(request: Any, position: int) -> int:
     if limit is None:
         return 1 << 30
     return request.num_prompt_tokens + limit - (position + 1)
-
-
-def _paged_kv(layers: list[Any], block_size: int) -> tuple[ops.PagedKV, ...]:
-    """K and V of every layer; empty, with a warning, where the cache cannot be read."""
-    try:
-        # One probe serves all layers: they share backend, shape and dtype (one KV cache group).
-        layout = CacheLayout(layers[0], block_size)
-    except UnknownCacheLayoutError as error:
-        logger.warning(
-            "KnapSpec cannot solve for plans on this attention backend (%s); it will use stored "
-            "or forced plans only",
-            error,
-        )
-        return ()
-    return tuple(layout.bind(layer) for layer in layers)

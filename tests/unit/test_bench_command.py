@@ -105,15 +105,15 @@ def test_engines_are_as_shipped(bench: Any, tmp_path: Path) -> None:
 def test_an_interrupted_run_keeps_whole_cells(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    run, cells = FakeEngine.run, []
+    turn, cells = FakeEngine.turn, []
 
-    def interrupted(self: FakeEngine, prompts: list, batch: int, sampling: dict) -> dict:
-        cells.append(batch)
-        if batch == 2 and self.name == "knapspec" and sum(b == 2 for b in cells) > 3:
+    def interrupted(self: FakeEngine, request: dict) -> dict | None:
+        cells.append(request["batch"])
+        if request["batch"] == 2 and self.name == "knapspec" and sum(b == 2 for b in cells) > 3:
             raise KeyboardInterrupt
-        return run(self, prompts, batch, sampling)
+        return turn(self, request)
 
-    monkeypatch.setattr(FakeEngine, "run", interrupted)
+    monkeypatch.setattr(FakeEngine, "turn", interrupted)
     out = tmp_path / "out"
     line = ("m", *SMALL, "--arms", "knapspec", "--out", str(out))
     assert bench(*line) == 130
@@ -121,7 +121,7 @@ def test_an_interrupted_run_keeps_whole_cells(
         ("plain", 1), ("knapspec", 1),
     ]  # fmt: skip
     assert "--resume goes on" in capsys.readouterr().out
-    monkeypatch.setattr(FakeEngine, "run", run)
+    monkeypatch.setattr(FakeEngine, "turn", turn)
     assert bench(*line, "--resume") == 0
     assert [m.cell.batch for m in Results.load(out).measurements] == [1, 1, 2, 2]
 

@@ -22,6 +22,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 SAMPLING = {"temperature": 0, "max_tokens": 3, "ignore_eos": True}
 
 
+def request(prompts: list[list[int]], batch: int, turn: float = 0.0) -> dict:
+    return {"prompts": prompts, "batch": batch, "sampling": SAMPLING, "turn": turn}
+
+
 def pids(engine: FakeEngine) -> list[int]:
     """Of the worker and of its child."""
     assert engine.process is not None
@@ -42,11 +46,12 @@ def test_idle_engines_stand_still_and_all_end() -> None:
     with running([first, second]):
         everyone = [pids(engine) for engine in (first, second)]
         assert wait_for("T", [pid for group in everyone for pid in group])
-        with first.awake():
-            answer = first.run([[4], [5], [6]], 2, SAMPLING)
-            assert wait_for("RS", everyone[0])
-            assert wait_for("T", everyone[1])
-        assert wait_for("T", everyone[0])
+        answer = first.turn(request([[4], [5], [6]], 2))
+        assert wait_for("T", [pid for group in everyone for pid in group])
+        assert second.turn(request([[4]], 1, turn=0.5)) is None, "not yet"
+        assert wait_for("T", everyone[1])
+        assert second.turn({}) is not None
+    assert answer is not None
     assert [len(batch["requests"]) for batch in answer["batches"]] == [2, 1]
     assert [batch["seconds"] for batch in answer["batches"]] == [0.8, 0.4]
     assert answer["batches"][1]["requests"][0]["tokens"] == [6, 6, 6]
@@ -78,8 +83,7 @@ def test_a_death_in_the_middle_is_noticed_though_a_child_holds_the_pipe() -> Non
     engine = FakeEngine("x", {"behaviour": "dies"})
     with pytest.raises(EngineError, match="its process ended"), running([engine]):
         everyone = pids(engine)
-        with engine.awake():
-            engine.run([[1]], 1, SAMPLING)
+        engine.turn(request([[1]], 1))
     assert wait_for("XZ", everyone)
 
 
@@ -88,8 +92,7 @@ def test_a_hanging_engine_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine("x", {"behaviour": "hangs"}, timeout_seconds=1.0)
     with pytest.raises(EngineError, match=r"no answer in 1 s \(--timeout\)"), running([engine]):
         everyone = pids(engine)
-        with engine.awake():
-            engine.run([[1]], 1, SAMPLING)
+        engine.turn(request([[1]], 1))
     assert wait_for("XZ", everyone)
 
 
@@ -99,10 +102,11 @@ def test_engines_end_with_the_benchmark(number: signal.Signals) -> None:
     script = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever these tests were started by
-from knapspec_vllm.bench.engines import running
+from knapspec_vllm.bench.engines import running, signal_group
 from tests.helpers_bench import FakeEngine
 idle, working = FakeEngine("idle", {}), FakeEngine("working", {})
-with running([idle, working]), working.awake():
+with running([idle, working]):
+    signal_group(working.process.pid, signal.SIGCONT)
     found = [p for e in (idle, working) for p in (e.process.pid, e.facts["child"])]
     print("pids", *found, flush=True)
     time.sleep(600)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from knapspec_vllm.bench import grid
+from knapspec_vllm.bench import grid, trace
 from knapspec_vllm.bench.grid import Protocol, groups, measure_cell, measure_grid, rotated
 from knapspec_vllm.bench.results import Cell, Results, Round
-from knapspec_vllm.bench.trace import traced, windows
+from knapspec_vllm.bench.trace import Turns, row_times, traced, windows
 
 
 class Recorder:
@@ -21,20 +21,22 @@ class Recorder:
 
     def __init__(self, name: str, diary: list[tuple[str, Any]]) -> None:
         self.name, self.diary, self.facts = name, diary, {"dtype": "float32"}
-        self._awake = False
+        self.turns = 0
+        #: Of the turns of a round; then it has answered.
+        self.turns_of_round = 1
+        self._request: dict[str, Any] = {}
 
-    @contextmanager
-    def awake(self) -> Iterator[None]:
-        self._awake = True
-        yield
-        self._awake = False
-
-    def run(self, prompts: list[list[int]], batch: int, sampling: dict) -> dict[str, Any]:
-        assert self._awake
-        self.diary.append((self.name, prompts))
+    def turn(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        self._request = request or self._request
+        assert ("prompts" in request) == (self.turns == 0), "the request once, then: go on"
+        self.diary.append((self.name, self._request["prompts"]))
+        self.turns += 1
+        if self.turns < self.turns_of_round:
+            return None
+        self.turns = 0
         rows = {"tokens": [1, 2, 3], "first": 1.0, "last": 2.0, "ttft": 0.1, "cached": False}
-        window = [1.0, 2]
-        one = {"seconds": 2.0, "requests": [rows] * batch, "decode": window, "full": window}
+        window, requests = [1.0, 2], [rows] * self._request["batch"]
+        one = {"seconds": 2.0, "requests": requests, "decode": window, "full": window}
         state = {"decision": str(len(self.diary)), "stats": {"rounds": 3, "by": [1, 1]}}
         return {"batches": [one], "counters": {"num_drafts": 1}, "knapspec": state}
 
@@ -62,6 +64,26 @@ def test_every_round_runs_all_arms_in_rotated_order_on_the_same_prompts() -> Non
     assert found[2].knapspec["decision"] == "10", "of the last round"
 
 
+def test_turns_in_the_middle_of_a_batch() -> None:
+    """One after another until all have answered; who has, leaves its turns to the others."""
+    diary: list[tuple[str, Any]] = []
+    engines: Any = [Recorder(name, diary) for name in "abc"]
+    engines[0].turns_of_round, engines[1].turns_of_round = 3, 2
+    protocol = Protocol(rounds=2, warm_up=0, tokens=3, turn=0.5)
+    found = measure_cell(engines, Cell(1, 8), protocol, lambda number: [[number]])
+    assert "".join(name for name, _ in diary) == "abcaba" + "bcabaa"
+    assert [len(m.rounds) for m in found] == [2, 2, 2]
+    assert [m.counters["num_drafts"] for m in found] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("rounds", "starts"), [(5, 1), (5, 2), (7, 3), (3, 3)])
+def test_starts_share_the_rounds(rounds: int, starts: int) -> None:
+    protocol = Protocol(rounds=rounds, starts=starts)
+    shares = [list(protocol.rounds_of(start)) for start in range(starts)]
+    assert [number for share in shares for number in share] == list(range(rounds))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
 def test_groups() -> None:
     names = ["plain", "a", "b", "c"]
     assert groups(names, 9) == [names]
@@ -84,7 +106,9 @@ def test_sampling() -> None:
     assert natural == {**equal, "ignore_eos": False}
 
 
-def run_grid(results: Results, at_once: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def run_grid(
+    results: Results, at_once: int, monkeypatch: pytest.MonkeyPatch, starts: int = 1
+) -> list[str]:
     """Sessions' arms, then cells with the arms measured in them, as text."""
     events: list[str] = []
 
@@ -96,7 +120,7 @@ def run_grid(results: Results, at_once: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(grid, "running", no_processes)
     measure_grid(
         results,
-        Protocol(rounds=1, warm_up=0, tokens=3),
+        Protocol(rounds=starts, warm_up=0, tokens=3, starts=starts),
         at_once,
         lambda names: [Recorder(name, []) for name in names],  # type: ignore[misc]
         lambda cell, number: [[number]] * cell.batch,
@@ -128,6 +152,31 @@ def test_grid_with_room_for_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     results = Results({}, {}, {n: {} for n in ("plain", "a")}, cells=[Cell(1, 8)])
     assert run_grid(results, 1, monkeypatch) == ["plain", "1:plain", "a", "1:a"]
     assert results.baseline(results.measurements[1]) == (results.measurements[0], False)
+
+
+def test_engines_are_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("plain", "a")
+    results = Results({}, {}, {n: {} for n in names}, cells=[Cell(1, 8), Cell(2, 8)])
+    session = ["plain+a", "1:plain+a", "2:plain+a"]
+    assert run_grid(results, 9, monkeypatch, starts=2) == session * 2
+    assert [m.session for m in results.parts("a", Cell(2, 8))] == [0, 1]
+    whole = results.whole()
+    assert [(m.arm, m.cell.batch) for m in whole] == [
+        ("plain", 1),
+        ("a", 1),
+        ("plain", 2),
+        ("a", 2),
+    ]
+    assert [len(m.rounds) for m in whole] == [2] * 4
+    assert whole[1].counters == {"num_drafts": 2}
+    assert whole[1].knapspec is not None
+    assert whole[1].knapspec["stats"] == {"rounds": 6, "by": [2, 2]}
+
+    del results.measurements[-1]  # interrupted in the second start
+    assert run_grid(results, 9, monkeypatch, starts=2) == ["plain+a", "2:plain+a"]
+    plain, beside = results.baseline(results.parts("a", Cell(2, 8))[-1])
+    assert plain is not None
+    assert (plain.session, beside) == (2, True)
 
 
 STEPS = [(10.0, (1, 0)), (11.0, (2, 1)), (12.0, (4, 2)), (13.0, (6, 3)), (15.0, (6, 6))]
@@ -170,6 +219,35 @@ def test_steps_are_traced_while_rows_come_and_go() -> None:
     with traced(SimpleNamespace(step=lambda: 1)) as steps:
         pass
     assert steps == []
+    assert row_times(STEPS) == [(10.0, 13.0), (11.0, 15.0)]
+    assert row_times([]) == []
+
+
+def test_what_lies_between_turns_is_not_in_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes a second, a turn at least 2.5; others work for ten, of which nothing is seen."""
+    now, row = [100.0], SimpleNamespace(num_generation_tokens=0, last_token_ts=0.0)
+    monkeypatch.setattr(trace, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    class LLMEngine:
+        output_processor = SimpleNamespace(request_states={"0": SimpleNamespace(stats=row)})
+
+        def step(self) -> None:
+            now[0] += 1.0
+            row.num_generation_tokens, row.last_token_ts = row.num_generation_tokens + 1, now[0]
+
+    def others_work() -> None:
+        now[0] += 10.0
+
+    turns, engine = Turns(2.5, others_work), LLMEngine()
+    for batch in range(2):
+        now[0] += 5.0  # the pass that fills the cache is no part of a turn
+        begin = now[0] - turns.waited
+        with traced(engine, turns) as steps:
+            for _ in range(7):
+                engine.step()
+        assert [clock - begin for clock, _ in steps] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+        assert turns.waited == 20.0 * (batch + 1)
+        assert now[0] - turns.waited - begin == 7.0
 
 
 def request(tokens: int, last: float | None, cached: bool = False) -> dict[str, Any]:
