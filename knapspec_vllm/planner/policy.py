@@ -105,7 +105,8 @@ class Policy:
             assert self._frontier is not None
             table = self._table(batch, self._lengths(max_draft_length))
             plans = [estimate.plan for estimate in self._frontier.estimates]
-            return self._probes.choose(batch, table, plans, self._acceptance) or choice
+            pace = self._corrections.pace(batch)
+            return self._probes.choose(batch, table, plans, self._acceptance, pace) or choice
         return choice
 
     def count(self, choice: Choice) -> None:
@@ -128,10 +129,8 @@ class Policy:
         if self._frontier is None or not self._frontier.estimates or not lengths:
             return []
         table = self._table(batch, lengths)
-        found = []
-        for estimate, alpha, row in zip(
-            self._frontier.estimates, table.alphas, table.speedups, strict=True
-        ):
+        found, estimates = [], self._frontier.estimates
+        for estimate, alpha, row in zip(estimates, table.alphas, table.speedups, strict=True):
             column = max(range(len(row)), key=row.__getitem__)
             found.append((estimate.plan, table.rates.lengths[column], alpha, row[column]))
         return sorted(found, key=lambda entry: -entry[3])
@@ -203,12 +202,13 @@ class Policy:
         facts = f"acceptance {table.alphas[index]:.2f} at {table.saved[index]:.0%} saved"
         if reason := self._decline_reason(batch, table, index, column):
             return self._decline(batch, "no gain", f"{reason}: {facts}")
+        round_us = length * table.draft_us[index] + table.rates.verify_us[column]
         return Choice(
             self._frontier.estimates[index].plan,
             length,
             speedup,
             f"predicted speedup {speedup:.2f}: {facts}",
-            round_us=length * table.draft_us[index] + table.rates.verify_us[column],
+            round_us=self._corrections.pace(batch) * round_us,
         )
 
     def _decline(self, batch: Batch, code: str, reason: str) -> Choice:
@@ -249,8 +249,7 @@ class Policy:
     def _table(self, batch: Batch, lengths: tuple[int, ...]) -> SpeedupTable:
         self._renew_caches()
         key = (*alike(batch), lengths[-1])
-        table = self._tables.get(key)
-        if table is None:
+        if (table := self._tables.get(key)) is None:
             assert self._frontier is not None
             plans = [estimate.plan for estimate in self._frontier.estimates]
             alphas = [self._acceptance.alpha(plan, batch.context_per_row) for plan in plans]
@@ -285,9 +284,9 @@ class Policy:
         return Rates.of(
             self._costs, batch, lengths,
             paper=self._config.objective == "paper",
-            plain=self._corrections.factor("plain", batch),
-            verify=self._corrections.factor("verify", batch),
-            draft=self._corrections.factor("draft", batch),
+            plain=self._corrections.relative("plain", batch),
+            verify=self._corrections.relative("verify", batch),
+            draft=self._corrections.relative("draft", batch),
             round_us=self._config.round_overhead_us or 0.0,
             kept=self._acceptance.kept(batch.context_per_row),
         )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from knapspec_vllm.planner.acceptance import AcceptanceModel
 from knapspec_vllm.planner.corrections import kind_of
@@ -40,16 +41,23 @@ class Probes:
         return self._since >= _FIRST_EVERY
 
     def choose(
-        self, batch: Batch, table: SpeedupTable, plans: Sequence[Plan], acceptance: AcceptanceModel
+        self,
+        batch: Batch,
+        table: SpeedupTable,
+        plans: Sequence[Plan],
+        acceptance: AcceptanceModel,
+        pace: float = 1.0,
     ) -> Choice | None:
         """The draft that may gain most, if it may gain enough and a probe is due.
 
-        table: of `plans`, which lose.
+        table: of `plans`, which lose; its times are to be multiplied by `pace`.
         """
         rates, found = table.rates, []
+        # What verification kept of the promised so far, it kept of the same few drafts.
+        hopeful = replace(rates, kept=1.0)
         for index, plan in enumerate(plans):
             hope = acceptance.upper(plan, batch.context_per_row, z=_Z)
-            row = rates.row(hope, table.draft_us[index])
+            row = hopeful.row(hope, table.draft_us[index])
             column = max(range(len(row)), key=row.__getitem__)
             found.append((row[column], index, column))
         hope, index, column = max(found)
@@ -59,7 +67,7 @@ class Probes:
         if hope < self._min_speedup or not self._due(kind_of(batch), lost_rounds):
             return None
         reason = f"a round to see: predicted speedup {speedup:.2f}, may be {hope:.2f}"
-        return Choice(plans[index], length, speedup, reason, "probing", round_us)
+        return Choice(plans[index], length, speedup, reason, "probing", pace * round_us)
 
     def _due(self, kind: tuple[int, int], lost_rounds: float) -> bool:
         """lost_rounds: what the probe is expected to lose, in plain rounds."""

@@ -170,16 +170,18 @@ def learning(**settings):
 
 def test_learns_what_the_parts_of_rounds_take():
     made = learning()
-    # Verify steps nobody has seen are off as much as plain ones.
+    # What nobody has seen is off as much as plain steps.
     seen = made.choose(BATCH, 1)
-    assert seen.predicted_speedup == pytest.approx(1.95 * 1100 / (550 + 1.1 * 1200))
-    assert seen.round_us == pytest.approx(550 + 1.1 * 1200)
-    for _ in range(400):
+    assert seen.predicted_speedup == pytest.approx(1.95 * 1000 / (550 + 1200))
+    assert seen.round_us == pytest.approx(1.1 * (550 + 1200))
+    for number in range(400):
+        if number % 8 == 0:
+            made.observe_step(BATCH, 1, 1100.0)
         made.observe_step(BATCH, 2, 1500.0)
         made.observe_draft(BATCH, HALF, 2, 2 * 600.0)
     learned = made.choose(BATCH, 1)
-    assert learned.predicted_speedup == pytest.approx(1.95 * 1100 / (600 + 1500), rel=1e-4)
-    assert learned.round_us == pytest.approx(600 + 1500, rel=1e-4)
+    assert learned.predicted_speedup == pytest.approx(1.95 * 1100 / (600 + 1500), rel=0.02)
+    assert learned.round_us == pytest.approx(600 + 1500, rel=0.02)
 
 
 def test_an_outlier_round_is_clipped_and_fixed_overhead_learns_nothing():
@@ -253,7 +255,7 @@ def test_mixed_rows_teach_what_verifying_takes():
     for length, verify_us in zip(table.rates.lengths, table.rates.verify_us, strict=True):
         true_us = 2.0 * made.costs.step_us(batch, 1 + 0.9 * length)
         assert verify_us == pytest.approx(true_us, rel=0.05), length
-    assert plain_us == pytest.approx(1000.0)
+    assert plain_us == pytest.approx(1000.0, rel=0.02)
 
 
 def test_equal_inputs_give_equal_choices():
