@@ -83,6 +83,7 @@ class Planning:
         self.solving = Solving(config, engine, geometry, agreement, stats, on_frontier)
         self._declined_kind: tuple[int, int, int] | None = None
         self._repeats = 0
+        self._rows: tuple[str, ...] = ()
 
     @property
     def reference_tokens(self) -> int:
@@ -124,6 +125,22 @@ class Planning:
             self._repeats = 0
         self._note(choice, batch)
         return choice
+
+    def rests(self, req_ids: Sequence[str]) -> bool:
+        """Whether a round of these rows, all of which have got a token, declines unseen: while the
+        decision to decline them holds, once the round behind it has been measured.
+
+        Looking costs 0.2 ms of a round, 0.7% of a small model's, and tells nothing new for a while.
+        """
+        rows, self._rows = self._rows, tuple(req_ids)
+        holds = self._declined_kind is not None and 0 < self._repeats < _LOOK_EVERY
+        if rows != self._rows or not holds or self.solving.requested:
+            return False
+        assert self.policy is not None
+        self._repeats += 1
+        self.policy.count(self.last_choice)
+        self._stats.add_choice(len(rows), False, self.last_choice.code)
+        return True
 
     def force(self, plan: Plan, draft_length: int) -> None:
         """Draft `draft_length` tokens with `plan` in every round from now on."""

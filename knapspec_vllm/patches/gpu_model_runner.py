@@ -10,6 +10,8 @@ import functools
 import inspect
 from typing import Any
 
+import torch
+
 from knapspec_vllm import compat
 from knapspec_vllm.patches import apply
 from knapspec_vllm.patches.ledger import by_name
@@ -21,6 +23,7 @@ def install() -> None:
         ("propose", _make_propose),
         ("fits_in_drafter", _make_fits),
         ("async_sampled", _make_states),
+        ("plain_metadata", _make_metadata),
     ):
         patch = by_name(name)
         owner, attribute = compat.resolve(patch.target)
@@ -66,6 +69,45 @@ def _make_fits(original: Any) -> Any:
         return common_attn_metadata is not None
 
     return _input_fits_in_drafter
+
+
+def _make_metadata(original: Any) -> Any:
+    @functools.wraps(original)
+    def _calc_spec_decode_metadata(
+        self: Any, num_draft_tokens: Any, cu_num_scheduled_tokens: Any
+    ) -> Any:
+        if drafter_of(self) is None or num_draft_tokens.any():
+            return original(self, num_draft_tokens, cu_num_scheduled_tokens)
+        return _without_drafts(cu_num_scheduled_tokens, self.device)
+
+    return _calc_spec_decode_metadata
+
+
+def _without_drafts(cu_num_scheduled_tokens: Any, device: torch.device) -> Any:
+    """vLLM's SpecDecodeMetadata of a step that verifies nothing: a token from each row's last."""
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+    rows = len(cu_num_scheduled_tokens)
+    last = torch.from_numpy(cu_num_scheduled_tokens - 1)
+    if device.type != "cpu":  # from pageable memory the copy would wait for the device
+        last = last.pin_memory().to(device, non_blocking=True)
+    none, zeros, rising, counts = _numbers(rows, device)
+    return SpecDecodeMetadata(
+        draft_token_ids=none,
+        num_draft_tokens=[0] * rows,
+        cu_num_draft_tokens=zeros,
+        cu_num_sampled_tokens=counts,
+        target_logits_indices=none,
+        bonus_logits_indices=rising,
+        logits_indices=last,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(rows: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """int32 on the device: nothing, zeros, 0 to rows - 1, and 1 to rows. Only read."""
+    rising = torch.arange(rows, dtype=torch.int32, device=device)
+    return rising[:0], torch.zeros_like(rising), rising, rising + 1
 
 
 def _make_states(original: Any) -> Any:

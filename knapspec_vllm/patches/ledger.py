@@ -172,6 +172,17 @@ PATCHES: tuple[Patch, ...] = (
         remove_when="vLLM leaves the rejection sampler out of steps without drafts.",
     ),
     Patch(
+        name="plain_metadata",
+        seam=Seam(
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner._calc_spec_decode_metadata",
+            ("num_draft_tokens", "cu_num_scheduled_tokens"),
+        ),
+        what="Writes down at once what a step without drafts verifies: nothing.",
+        why="vLLM computes it with five copies to the device and two gathers.",
+        upstream="not reported yet",
+        remove_when="vLLM makes no SpecDecodeMetadata for steps without drafts.",
+    ),
+    Patch(
         name="calibrate_gpu",
         seam=Seam("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model"),
         what="After warm-up: attach the proposer to its runner and calibrate.",

@@ -6,6 +6,9 @@ Works on plain mappings and duck-typed configs; imports nothing of vLLM.
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import UserDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +27,29 @@ _VLLM_KEYS = ("num_speculative_tokens", "rejection_sample_method", "draft_sample
 _INTERNAL_KEYS = ("target_model_config", "target_parallel_config")
 
 
+class AdditionalConfig(UserDict[str, Any]):
+    """vLLM's additional_config with KnapSpec's settings in it, which compile nothing differently.
+
+    vLLM makes a dictionary of that name part of the key of its compilation cache, and asks any
+    other object for its hash (`vllm.config.utils.SupportsHash`). As a dictionary it had the target
+    compiled again, for minutes, whenever a setting of KnapSpec changed.
+    """
+
+    def compute_hash(self) -> str:
+        """What vLLM makes of the rest."""
+        rest = {key: value for key, value in self.data.items() if key != ADDITIONAL_CONFIG_KEY}
+        if not rest:
+            return "None"
+        text = json.dumps(rest, sort_keys=True).encode()
+        return hashlib.md5(text, usedforsecurity=False).hexdigest()
+
+
 @dataclass(frozen=True)
 class Rewritten:
     """The two places of vLLM's own configuration the short form is spread over."""
 
     speculative_config: dict[str, Any]
-    additional_config: dict[str, Any]
+    additional_config: AdditionalConfig
 
 
 def is_selected(vllm_config: Any) -> bool:
@@ -82,7 +102,7 @@ def rewrite(
     given.setdefault("num_speculative_tokens", DEFAULT_NUM_SPECULATIVE_TOKENS)
     return Rewritten(
         {"method": "custom_class", "model": PROPOSER_PATH, **given},
-        merge_settings(additional, settings),
+        AdditionalConfig(merge_settings(additional, settings)),
     )
 
 

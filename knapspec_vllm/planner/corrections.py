@@ -40,6 +40,8 @@ _NOISE = 0.1
 _PACE, _PACE_STEP = 1.0, 0.04
 """Of the pace before anything is known, and of what a round changes it by: a third of what a target
 step is off by counts for the next one."""
+_MOST_STEPS = 64
+"""Rounds, seen or not, after which the pace has become no more uncertain: it comes and goes."""
 _PRIOR: dict[str, float] = {"kind": 0.15, "verify": 0.25, "draft": 0.25}
 """Of what the curves are off by; in general for verify steps and drafts, which is where caches and
 bookkeeping show, and half of it for a kind of batch."""
@@ -83,11 +85,17 @@ class Corrections:
         self._add(("pace", None), 0.0, _PACE)
         for part in ("verify", "draft"):
             self._add((part, None), 0.0, _PRIOR[part])
+        self._rounds = 0
+        """Since the last observed step."""
         self._counts: Counter[tuple[Part, Kind]] = Counter()
         self._doubts: dict[tuple[Part, Kind], _Doubt] = {}
         self._published: dict[tuple[Part, Kind], float] = {}
         self.version = 0
         """Grows whenever what sets a part apart from plain steps has moved materially."""
+
+    def note_round(self) -> None:
+        """A round begins, whether or not it will be observed: the pace may change."""
+        self._rounds += 1
 
     def observe(self, part: Part, batch: Batch, predicted_us: float, time_us: float) -> None:
         """One round's part. predicted_us: as the cost model prices it, uncorrected."""
@@ -96,7 +104,8 @@ class Corrections:
         kind = kind_of(batch)
         states = self._states(part, kind)
         if part != "draft":  # a draft is of the same round as the step behind it
-            self._covariance[0, 0] += _PACE_STEP**2
+            self._covariance[0, 0] += min(max(1, self._rounds), _MOST_STEPS) * _PACE_STEP**2
+            self._rounds = 0
         for state in states[1:]:
             self._covariance[state, state] += _STEP**2
         off = math.log(time_us / predicted_us) - float(self._mean[states].sum())

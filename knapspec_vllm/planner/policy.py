@@ -101,7 +101,7 @@ class Policy:
         measures = self._speculating and self._may_measure
         if measures and self._plain.due(batch, choice.predicted_speedup):
             return self._decline(batch, "measuring", "a round to measure plain decoding")
-        if choice.code == "no gain" and self._probes.may_be_due():
+        if choice.code == "no gain" and self._probes.may_be_due(batch):
             assert self._frontier is not None
             table = self._table(batch, self._lengths(max_draft_length))
             plans = [estimate.plan for estimate in self._frontier.estimates]
@@ -114,6 +114,7 @@ class Policy:
         self._speculating = choice.plan is not None
         self._current = None if choice.plan is None else (choice.plan, choice.draft_length)
         self._last = choice
+        self._corrections.note_round()
         self._resolve.note_round(self._speculating, choice.round_us)
         if not self._speculating:
             self._probes.note_declined()

@@ -21,6 +21,8 @@ _FIRST, _FIRST_EVERY = 4, 16
 """Probes of a kind of batch that come soon, and declined rounds between them."""
 _COST, _LEAST_EVERY = 0.005, 32
 """Later ones cost at most this share of the time; rounds between them at least."""
+_HOPELESS = 64
+"""Declined rounds until hope is looked for again where there is none."""
 _Z = 1.64
 """A plan is worth a probe if its speedup may be enough with a probability of 5%."""
 
@@ -32,13 +34,15 @@ class Probes:
         self._min_speedup = min_speedup
         self._since = 0
         self._done: Counter[tuple[int, int]] = Counter()
+        self._waits: dict[tuple[int, int], float] = {}
+        """Until so many rounds since the last probe there is none for this kind of batch."""
 
     def note_declined(self) -> None:
         self._since += 1
 
-    def may_be_due(self) -> bool:
-        """Whether it is worth looking for one."""
-        return self._since >= _FIRST_EVERY
+    def may_be_due(self, batch: Batch) -> bool:
+        """Whether it is worth looking for one, which takes a millisecond on a slow core."""
+        return self._since >= self._waits.get(kind_of(batch), _FIRST_EVERY)
 
     def choose(
         self,
@@ -64,7 +68,10 @@ class Probes:
         length, speedup = rates.lengths[column], table.speedups[index][column]
         round_us = length * table.draft_us[index] + rates.verify_us[column]
         lost_rounds = max(0.0, 1.0 - speedup) * round_us / max(rates.plain_us, 1e-9)
-        if hope < self._min_speedup or not self._due(kind_of(batch), lost_rounds):
+        if hope < self._min_speedup:
+            self._waits[kind_of(batch)] = self._since + _HOPELESS
+            return None
+        if not self._due(kind_of(batch), lost_rounds):
             return None
         reason = f"a round to see: predicted speedup {speedup:.2f}, may be {hope:.2f}"
         return Choice(plans[index], length, speedup, reason, "probing", pace * round_us)
@@ -75,7 +82,9 @@ class Probes:
         if self._done[kind] >= _FIRST:
             every = max(_LEAST_EVERY, lost_rounds / _COST)
         if self._since < every:
+            self._waits[kind] = every
             return False
         self._since = 0
+        self._waits.clear()
         self._done[kind] += 1
         return True

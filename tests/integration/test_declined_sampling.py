@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+import torch
 from engines import engine
 
 from knapspec_vllm.bench.checkpoints import random_checkpoint
@@ -42,13 +45,27 @@ def test_declined_steps_sample_as_plain_vllm(monkeypatch) -> None:
         expected = sampled(llm)
     with engine(model, {"draft_length": 0}, **OPTIONS) as llm:
         from vllm.v1.sample import rejection_sampler
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
         def drawn(*args):
             raise AssertionError("the rejection sampler has nothing to reject")
 
+        ours, compared = GPUModelRunner._calc_spec_decode_metadata, []
+
+        def both(self, *args):
+            found, theirs = ours(self, *args), ours.__wrapped__(self, *args)
+            for field in dataclasses.fields(theirs):
+                mine, want = getattr(found, field.name), getattr(theirs, field.name)
+                assert torch.equal(torch.as_tensor(mine), torch.as_tensor(want)), field.name
+                assert torch.as_tensor(mine).dtype == torch.as_tensor(want).dtype, field.name
+            compared.append(len(theirs.num_draft_tokens))
+            return found
+
         with monkeypatch.context() as patch:
             patch.setattr(rejection_sampler, "rejection_sample", drawn)
+            patch.setattr(GPUModelRunner, "_calc_spec_decode_metadata", both)
             found = sampled(llm)
+        assert max(compared) == len(PROMPTS)
     for (tokens, logprobs), (want_tokens, want) in zip(found, expected, strict=True):
         assert tokens == want_tokens
         assert len(logprobs) == len(want) == 12

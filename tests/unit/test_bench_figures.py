@@ -139,6 +139,20 @@ def test_every_arm_is_compared_with_the_plain_beside_it() -> None:
     assert "did not take turns" in tables(list(rows.values()))
 
 
+def test_starts_of_an_engine_are_one_figure_and_their_ratios_stand_beside_it() -> None:
+    results = Results({}, {}, {name: {} for name in ("plain", "a")}, cells=[Cell(1, 64)])
+    results.measurements = [
+        measured("plain", [100.0, 100.0], session=0), measured("a", [110.0, 112.0], session=0),
+        measured("plain", [50.0, 50.0], session=1), measured("a", [48.0, 47.0], session=1),
+    ]  # fmt: skip
+    plain, row = all_figures(results)
+    assert plain.ratio_by_start == ()
+    assert row.rounds == 4
+    assert row.ratio_by_start == (pytest.approx(1.11), pytest.approx(0.95))
+    assert row.ratio == pytest.approx((1.10 + 0.96) / 2)
+    assert "by start: 1.110x 0.950x" in tables([plain, row])
+
+
 def test_difference_of_nested_counters() -> None:
     before = {"rounds": 5, "phase_us": {"draft": 1.5}, "drafted": [4, 2], "plan": "old", "on": True}
     after = {

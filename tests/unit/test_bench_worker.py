@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import functools
+import io
+import json
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +13,12 @@ from typing import Any
 import pytest
 
 from knapspec_vllm.bench import worker
-from knapspec_vllm.bench.inspection import knapspec_snapshot, worker_memory
+from knapspec_vllm.bench.inspection import (
+    knapspec_snapshot,
+    knapspec_stood_still,
+    worker_memory,
+)
+from knapspec_vllm.bench.trace import Turns
 
 
 class FakeEngine:
@@ -133,3 +141,20 @@ def test_arms_without_knapspec(drafter: Any) -> None:
 
 def test_snapshot_of_a_worker_of_another_kind() -> None:
     assert knapspec_snapshot(SimpleNamespace()) == "null"
+    knapspec_stood_still(SimpleNamespace())  # nothing to tell
+
+
+def test_between_turns_an_engine_waits_and_knapspec_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+    llm: Any = FakeLLM(SimpleNamespace(stood_still=lambda: told.append("stood still")))
+    answers = io.StringIO()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("{}\n{}\n"))
+    worker._next_turn(llm, answers)
+    assert json.loads(answers.getvalue()) == {"turn": "over"}
+    turns = Turns(1e-9, functools.partial(worker._next_turn, llm, answers))
+    with pytest.raises(EOFError, match="ended in the middle"):
+        worker.run_round(llm, [[1]], 1, {"max_tokens": 3}, turns)
+    assert answers.getvalue().count("over") == 3
+    assert told == ["stood still"] * 2

@@ -286,6 +286,21 @@ def test_selected_in_every_form(model: str, arguments: dict[str, Any]) -> None:
     assert there.additional_config == config.additional_config
 
 
+@pytest.mark.parametrize("additional", [{}, {"mine": 1}])
+def test_vllm_compiles_nothing_again_for_settings(model: str, additional: dict[str, Any]) -> None:
+    """The key of its compilation cache is that of a custom_class without any."""
+    register()
+
+    def key(**settings: Any) -> str:
+        speculative = {"method": "knapspec", **settings}
+        config = build(model, speculative_config=speculative, additional_config=dict(additional))
+        return config.compute_hash()
+
+    assert len({key(), key(bins=16), key(store_dir="elsewhere", windows=False)}) == 1
+    assert key() != build(model, speculative_config={"method": "knapspec"},
+                          additional_config={"other": 2}).compute_hash()  # fmt: skip
+
+
 def test_one_engine_args_can_build_two_configs(model: str) -> None:
     from vllm.engine.arg_utils import EngineArgs
 

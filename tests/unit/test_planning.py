@@ -54,6 +54,41 @@ def test_looks_again_every_ninth_round() -> None:
     assert made._stats.rounds == 27
 
 
+def served(made: Planning, number: int, rows: list[str]) -> list[bool]:
+    """Rounds as a proposer asks for them; which of them were not even looked at."""
+    rested = []
+    for _ in range(number):
+        rested.append(made.rests(rows))
+        if not rested[-1]:
+            made.choose(Batch(len(rows), 1000 * len(rows)), 4, lambda: None)
+    return rested
+
+
+def test_rests_between_looks_behind_a_round_that_is_measured() -> None:
+    made, asked = planning(hits=300)
+    rested = served(made, 27, ["a"])
+    assert rested == ([False] * 2 + [True] * 7) * 3
+    assert len(asked) == 3
+    assert made._stats.declined_rounds["no gain"] == made._stats.rounds == 27
+
+
+@pytest.mark.parametrize("others", [["b"], ["a", "b"], []])
+def test_never_rests_over_other_rows(others: list[str]) -> None:
+    made, _ = planning(hits=300)
+    assert served(made, 4, ["a"]) == [False, False, True, True]
+    assert made.rests(others) is False
+    assert made.rests(["a"]) is False
+
+
+def test_never_rests_while_it_drafts_or_a_solve_is_asked_for() -> None:
+    made, _ = planning(hits=1000)
+    assert not any(served(made, 20, ["a"]))
+    made, _ = planning(hits=300)
+    served(made, 3, ["a"])
+    made.request_solve()
+    assert made.rests(["a"]) is False
+
+
 def test_every_round_counts_for_the_policy() -> None:
     """What it learned is doubted after so many declined rounds, asked or not."""
     made, _ = planning(hits=300, resolve_rounds=20)
@@ -61,6 +96,8 @@ def test_every_round_counts_for_the_policy() -> None:
     made.acceptance.forget = lambda: forgotten.append(1)  # type: ignore[method-assign]
     rounds(made, 41)
     assert len(forgotten) == 2
+    served(made, 40, ["a"])
+    assert len(forgotten) == 4
 
 
 @pytest.mark.parametrize("other", [Batch(2, 1000), Batch(1, 1200)])
