@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from knapspec_vllm.bench.arms import DEFAULT, NAMES, UsageError
+from knapspec_vllm.bench.capacity import on_gpu
 from knapspec_vllm.bench.workloads import WORKLOADS
 
 #: vLLM's: "0" keeps the engine core in the process of vllm.LLM.
@@ -71,13 +72,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--starts", type=positive, default=1, metavar="N",
         help="start every engine so many times and share the rounds among them: engines of one "
-        "kind differ by some per cent from start to start, which more rounds do not show",
+        "kind differ by some per cent from start to start, which more rounds do not show. From "
+        "the second start on KnapSpec finds the first one's calibration",
     )  # fmt: skip
     add(
         "--turn", type=seconds, default=0.0, metavar="SECONDS",
         help="arms take turns of this length in the middle of a batch (0.5 is a good one), so that "
-        "all see the same of a machine whose speed moves; default: turns of a whole round. Needs "
-        "VLLM_ENABLE_V1_MULTIPROCESSING=0",
+        "all see the same of a machine whose speed moves, until the fastest is done; default: "
+        "turns of a whole round. On CPUs, with VLLM_ENABLE_V1_MULTIPROCESSING=0",
     )  # fmt: skip
     add("--warm-up", type=_whole, default=1, metavar="ROUNDS", help="not counted, of every cell")
     add(
@@ -127,15 +129,25 @@ def check(arguments: argparse.Namespace) -> None:
         raise UsageError("--settings: write --store FOLDER instead of store_dir")
     if arguments.starts > arguments.rounds:
         raise UsageError(f"--starts {arguments.starts} needs as many --rounds at least")
-    if arguments.turn and os.environ.get(IN_PROCESS) != "0":
-        raise UsageError(
-            f"--turn stops engines between two steps, which an engine core in a process of its own "
-            f"does not tell: set {IN_PROCESS}=0"
-        )
+    if arguments.turn:
+        _check_turns()
     longest = arguments.engine_args.get("max_model_len")
     needed = max(arguments.context) + arguments.tokens
     if isinstance(longest, int) and longest < needed:
         raise UsageError(f"--context and --tokens need {needed} tokens, max_model_len is {longest}")
+
+
+def _check_turns() -> None:
+    if on_gpu():
+        raise UsageError(
+            "--turn: a GPU computes what its engine has queued while the engine stands still; "
+            "leave it out"
+        )
+    if os.environ.get(IN_PROCESS) != "0":
+        raise UsageError(
+            f"--turn stops engines between two steps, which an engine core in a process of its own "
+            f"does not tell: set {IN_PROCESS}=0"
+        )
 
 
 def positive(text: str) -> int:

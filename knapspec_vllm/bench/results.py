@@ -176,7 +176,8 @@ class Results:
         beside = [m for m in plains if m.session == measurement.session]
         if beside:
             return beside[0], True
-        return (plains[0] if plains else None), False
+        start = self.parts(measurement.arm, measurement.cell).index(measurement)
+        return (plains[min(start, len(plains) - 1)] if plains else None), False
 
     @property
     def next_session(self) -> int:
@@ -198,7 +199,7 @@ class Results:
                 raise UsageError(f"{path} has format {values['format']}, this reads {FORMAT}")
             return cls(
                 provenance=values["provenance"],
-                settings=values["settings"],
+                settings={"starts": 1, "turn": 0.0, **values["settings"]},
                 arms=values["arms"],
                 left_out=values["left_out"],
                 cells=[Cell(**cell) for cell in values["cells"]],

@@ -106,11 +106,9 @@ def summary(rows: Sequence[Figures], results: Results) -> str:
             f"{_number(worst.ratio, '.3f', 'x')} at {where}"
         )
     lines += [f"left out: {name}, {reason}" for name, reason in results.left_out.items()]
-    measured = {(row.arm, row.batch, row.context, row.temperature) for row in rows}
-    expected = [
-        (arm, c.batch, c.context, c.temperature) for arm in results.arms for c in results.cells
-    ]
-    missing = sum(key not in measured for key in expected)
+    starts = int(results.settings.get("starts", 1))
+    expected = [(arm, cell) for arm in results.arms for cell in results.cells]
+    missing = sum(len(results.parts(arm, cell)) < starts for arm, cell in expected)
     if missing:
         lines.append(f"not measured yet: {missing} of {len(expected)} (--resume goes on)")
     return "\n".join(lines)

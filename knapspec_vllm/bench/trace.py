@@ -68,13 +68,17 @@ def traced(engine: Any, turns: Turns | None = None) -> Iterator[list[Step]]:
         del engine.step
 
 
-def row_times(steps: Sequence[Step]) -> list[tuple[float, float]]:
-    """Each row's first and last token on the engine's clock, in seconds; in the rows' order."""
-    found = []
+def row_times(steps: Sequence[Step]) -> list[tuple[float, float] | tuple[None, None]]:
+    """Each row's first and last token on the engine's clock, in seconds; in the rows' order. None
+    where a row has got no token."""
+    found: list[tuple[float, float] | tuple[None, None]] = []
     for row in range(len(steps[-1][1]) if steps else 0):
         counts = [counts[row] for _, counts in steps]
-        first = next(i for i, count in enumerate(counts) if count)
-        found.append((steps[first][0], steps[counts.index(counts[-1])][0]))
+        first = next((i for i, count in enumerate(counts) if count), None)
+        if first is None:
+            found.append((None, None))
+        else:
+            found.append((steps[first][0], steps[counts.index(counts[-1])][0]))
     return found
 
 

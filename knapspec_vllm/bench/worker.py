@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 from knapspec_vllm.bench.counters import difference, total
@@ -120,8 +120,7 @@ def run_batch(
     after, state = counters(llm), knapspec_state(llm)
     if state is not None:
         state["stats"] = difference(state.get("stats", {}), (state_before or {}).get("stats"))
-    times: Sequence[tuple[float | None, float | None]] = row_times(steps)
-    times = times or [(None, None)] * len(second)
+    times = row_times(steps) or [(None, None)] * len(second)
     found = [_request(a, b, *t) for a, b, t in zip(first, second, times, strict=True)]
     result = {"seconds": seconds, "requests": found, **windows(steps)}
     return result, difference(after, before), state

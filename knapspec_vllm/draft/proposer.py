@@ -159,8 +159,9 @@ class KnapSpecProposer:
         assert self.engine is not None
         self._learn(runner, scheduler_output, sampled_token_ids)
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        if all(sampled_token_ids) and self.planning.rests(runner.input_batch.req_ids):
-            self._clock.stop()
+        steady = all(sampled_token_ids) and self._clock.running
+        if self.planning.rests(runner.input_batch.req_ids, steady):
+            self._clock.rested()
             return drafts
         rows = self._candidates(runner, scheduler_output, sampled_token_ids)
         if len(rows) == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from knapspec_vllm.draft.planning import Planning
 from knapspec_vllm.draft.rows import Candidates
@@ -51,12 +51,33 @@ class RoundClock:
         self._doubted = 0
         """Rounds in a row that were taken to be interrupted."""
 
+    @property
+    def running(self) -> bool:
+        """Whether there is a round that the next proposal will have measured."""
+        return self._round is not None
+
     def stop(self) -> None:
         self._round = None
 
     def entered(self) -> None:
         """The engine has called for a proposal."""
         self._entered = time.perf_counter()
+
+    def rested(self) -> None:
+        """A round that declined as the one before it, of the same rows, and was not looked at. That
+        one counts, or rounds that draft would be most of what is measured, and teaches nothing."""
+        last = self._round
+        if last is None:
+            return
+        engine_us = (self._entered - last.ended) * 1e6
+        round_us = engine_us + last.own_us
+        self._doubted, stop = interrupted(last.choice.round_us, round_us, self._doubted)
+        if not stop:
+            self._stats.add_round(engine_us, last.own_us, 0.0, 0.0)
+        if not (stop or last.unusual):
+            self._stats.add_prediction(1.0, last.choice.round_us, round_us, round_us)
+        now = time.perf_counter()
+        self._round = replace(last, own_us=(now - self._entered) * 1e6, solve_us=0.0, ended=now)
 
     def verified(
         self,

@@ -32,7 +32,8 @@ class AdditionalConfig(UserDict[str, Any]):
 
     vLLM makes a dictionary of that name part of the key of its compilation cache, and asks any
     other object for its hash (`vllm.config.utils.SupportsHash`). As a dictionary it had the target
-    compiled again, for minutes, whenever a setting of KnapSpec changed.
+    compiled again, for minutes, whenever a setting of KnapSpec changed. Code that asks whether it
+    is a dict takes it for none: vLLM's does so for models that KnapSpec refuses (gdn, kda).
     """
 
     def compute_hash(self) -> str:

@@ -23,7 +23,7 @@ faster since, drafting went on at 0.82x.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -37,20 +37,24 @@ _State: TypeAlias = "tuple[str, Kind | None]"
 
 _NOISE = 0.1
 """Standard deviation of one round's time, as a share of it."""
-_PACE, _PACE_STEP = 1.0, 0.04
+_PACE, _PACE_STEP = 0.3, 0.04
 """Of the pace before anything is known, and of what a round changes it by: a third of what a target
 step is off by counts for the next one."""
-_MOST_STEPS = 64
+_MOST_ROUNDS = 64
 """Rounds, seen or not, after which the pace has become no more uncertain: it comes and goes."""
 _PRIOR: dict[str, float] = {"kind": 0.15, "verify": 0.25, "draft": 0.25}
-"""Of what the curves are off by; in general for verify steps and drafts, which is where caches and
-bookkeeping show, and half of it for a kind of batch."""
+"""Of what the curves are off by; for verify steps and drafts, where caches and bookkeeping show, in
+general, and _OF_KIND of it for a kind of batch."""
+_OF_KIND = 0.5
 _STEP = 0.003
 """Of what an observation changes these by: so much more may be learned next time."""
+_MOST_STEP = 0.2
+"""A round that is off by more counts in full for the pace, but no more than this for these, if they
+are known better: two deviations of a round."""
 _REFUTED = 1.0
-"""Of what was believed of a kind of batch, once it has turned out wrong."""
+"""Of what was believed of a part of a kind of batch, once it has turned out wrong."""
 _FAR = 2.0
-"""A round that is off by more than this factor (a compile, a pause) shows the less, the further."""
+"""A round that is off by more than this factor (a compile, a pause) shows less of the pace."""
 _SHORT = 3
 """So many rounds in a row that took less than 1/_FAR of what is believed: the belief is wrong, and
 the longest of them takes its place. Disturbances only ever make a round longer. With curves that
@@ -59,6 +63,8 @@ drafting went on at 0.6x for hundreds of rounds."""
 _VERSION_STEP = 0.005
 """A move of what sets a part apart by this much is worth choosing again."""
 _CONTEXT_BUCKET = math.log(2.0)
+_MOST_KINDS = 32
+"""Of batches; the one not seen for longest makes room: of 99 states a correction takes 50 us."""
 
 
 @dataclass
@@ -68,7 +74,7 @@ class _Doubt:
     short: int = 0
     """Rounds in a row that were shorter than belief allows."""
     longest: float = -math.inf
-    """Of these, as a logarithm over what was believed."""
+    """Of these, the logarithm of measured over predicted time."""
     elsewhere: bool = False
     """Another part of the same rounds has turned out wrong."""
 
@@ -82,14 +88,16 @@ class Corrections:
         self._places: dict[_State, int] = {}
         self._mean = np.zeros(0)
         self._covariance = np.zeros((0, 0))
-        self._add(("pace", None), 0.0, _PACE)
+        self._kinds: OrderedDict[Kind, None] = OrderedDict()
+        """The one seen last at the end."""
+        self._add(("pace", None), _PACE)
         for part in ("verify", "draft"):
-            self._add((part, None), 0.0, _PRIOR[part])
+            self._add((part, None), _PRIOR[part])
         self._rounds = 0
         """Since the last observed step."""
         self._counts: Counter[tuple[Part, Kind]] = Counter()
         self._doubts: dict[tuple[Part, Kind], _Doubt] = {}
-        self._published: dict[tuple[Part, Kind], float] = {}
+        self._published: dict[tuple[str, Kind | None], float] = {}
         self.version = 0
         """Grows whenever what sets a part apart from plain steps has moved materially."""
 
@@ -103,35 +111,72 @@ class Corrections:
             return
         kind = kind_of(batch)
         states = self._states(part, kind)
-        if part != "draft":  # a draft is of the same round as the step behind it
-            self._covariance[0, 0] += min(max(1, self._rounds), _MOST_STEPS) * _PACE_STEP**2
-            self._rounds = 0
-        for state in states[1:]:
-            self._covariance[state, state] += _STEP**2
-        off = math.log(time_us / predicted_us) - float(self._mean[states].sum())
-        if self._refuted(part, kind, off):
-            for state in states[1:]:
-                self._covariance[state, state] += _REFUTED**2
-            off = self._doubts.pop((part, kind)).longest
-            if part != "plain" and self._counts["plain", kind]:
-                self._doubts.setdefault(("plain", kind), _Doubt()).elsewhere = True
-            doubt = 1.0
+        self._let_time_pass(part, states)
+        seen = math.log(time_us / predicted_us)
+        off = seen - float(self._mean[states].sum())
+        if self._refuted(part, kind, off, seen):
+            off = self._doubts.pop((part, kind)).longest - float(self._mean[states].sum())
+            self._doubt_all(part, kind)
+            self._correct(states, off, _NOISE, math.inf)
         else:
-            doubt = max(1.0, abs(off) / math.log(_FAR))
-        column = self._covariance[:, states].sum(axis=1)
-        gain = column / (column[states].sum() + (_NOISE * doubt) ** 2)
-        self._mean += gain * off
-        self._covariance -= np.outer(gain, column)
+            noise = _NOISE * max(1.0, abs(off) / math.log(_FAR))
+            self._correct(states, off, noise, _MOST_STEP)
         self._counts[part, kind] += 1
         self._publish(batch, kind)
+
+    def _let_time_pass(self, part: Part, states: list[int]) -> None:
+        """What may have changed since it was last seen has become uncertain."""
+        if part != "draft" or self._rounds:  # drafts are mostly of the round of the step behind
+            rounds = min(max(1, self._rounds), _MOST_ROUNDS)
+            self._covariance[0, 0] += rounds * _PACE_STEP**2
+            self._rounds = 0
+        # Towards the prior: for hours only sums are seen, and their parts must not drift apart.
+        priors = np.array(_deviations(part))
+        self._fade(states[1:], np.sqrt(1.0 - (_STEP / priors) ** 2), priors)
+
+    def _fade(self, states: list[int], kept: np.ndarray, priors: np.ndarray) -> None:
+        """Believe `kept` of these, and doubt them as much more; all of it would be as at first."""
+        self._mean[states] *= kept
+        self._covariance[states, :] *= kept[:, None]
+        self._covariance[:, states] *= kept
+        self._covariance[states, states] += (1.0 - kept**2) * priors**2
+
+    def _doubt_all(self, part: Part, kind: Kind) -> None:
+        """A part of this kind of batch is not what it was believed to be. Other kinds may well be,
+        but where a part was seen in no other there is nothing to say what is the kind's doing."""
+        wrong: list[_State] = [(part if part != "plain" else "kind", kind)]
+        if part == "plain":  # the others were held against it
+            wrong += [("verify", kind), ("draft", kind)]
+        elif not any(name == part and other not in (None, kind) for name, other in self._places):
+            wrong.append((part, None))
+        for state in wrong:
+            if (place := self._places.get(state)) is not None:
+                self._covariance[place, place] += _REFUTED**2
+        if part != "plain" and self._counts["plain", kind]:
+            self._doubts.setdefault(("plain", kind), _Doubt()).elsewhere = True
+
+    def _correct(self, states: list[int], off: float, noise: float, most: float) -> None:
+        """Kalman's correction of a sum of states that is `off`. All but the pace take no more of it
+        than `most`, or what may well be wrong with them: one slow round must not end drafting."""
+        column = self._covariance[:, states].sum(axis=1)
+        variance = float(column[states].sum()) + noise**2
+        gain = column / variance
+        slow = states[1:]
+        doubt = math.sqrt(max(0.0, float(self._covariance[np.ix_(slow, slow)].sum())))
+        gain[1:] *= min(1.0, max(most, doubt) / max(abs(off), 1e-9))
+        self._mean += gain * off
+        # Joseph's form, which holds for any gain.
+        change = np.outer(gain, 0.5 * variance * gain - column)
+        self._covariance += change
+        self._covariance += change.T
 
     def forget(self) -> None:
         """Believe half of what set drafting apart from plain steps, and learn anew: nothing of it
         has been seen for long. What all parts share stays, or a speedup would be wrong by it."""
         for (name, kind), place in self._places.items():
             if name in ("verify", "draft"):
-                self._mean[place] *= 0.5
-                self._covariance[place, place] += _deviation(name, kind) ** 2
+                prior = _PRIOR[name] * (1.0 if kind is None else _OF_KIND)
+                self._fade([place], np.array([0.5]), np.array([prior]))
         self.version += 1
 
     def pace(self, batch: Batch) -> float:
@@ -161,53 +206,75 @@ class Corrections:
 
     def _states(self, part: Part, kind: Kind) -> list[int]:
         """Of which an observation is the sum; the part's own of this kind of batch is the last."""
+        if kind in self._kinds:
+            self._kinds.move_to_end(kind)
+        else:
+            if len(self._kinds) >= _MOST_KINDS:
+                self._drop(next(iter(self._kinds)))
+            self._kinds[kind] = None
         found: list[_State] = [("pace", None), ("kind", kind)]
         if part != "plain":
             found += [(part, None), (part, kind)]
-        for name, where in found:
-            if (name, where) not in self._places:
-                self._add((name, where), self._value(name, kind), _deviation(name, where))
+        for state, deviation in zip(found[1:], _deviations(part), strict=True):
+            if state not in self._places:
+                self._add(state, deviation, self._neighbour(state[0], kind))
         return [self._places[state] for state in found]
 
-    def _add(self, state: _State, mean: float, deviation: float) -> None:
-        self._places[state] = len(self._mean)
-        self._mean = np.append(self._mean, mean)
+    def _add(self, state: _State, deviation: float, like: int | None = None) -> None:
+        """Another state, as far as is known like that one."""
+        place = self._places[state] = len(self._mean)
+        self._mean = np.append(self._mean, 0.0 if like is None else self._mean[like])
         self._covariance = np.pad(self._covariance, (0, 1))
-        self._covariance[-1, -1] = deviation**2
+        if like is not None:
+            self._covariance[place, :] = self._covariance[like, :]
+            self._covariance[:, place] = self._covariance[:, like]
+        self._covariance[place, place] += deviation**2
+
+    def _drop(self, kind: Kind) -> None:
+        del self._kinds[kind]
+        gone = [place for (_, other), place in self._places.items() if other == kind]
+        kept = [state for state, place in self._places.items() if place not in gone]
+        self._mean = np.delete(self._mean, gone)
+        self._covariance = np.delete(np.delete(self._covariance, gone, axis=0), gone, axis=1)
+        self._places = {state: place for place, state in enumerate(kept)}
 
     def _value(self, name: str, kind: Kind) -> float:
-        """Of this kind of batch, else of the next shorter or longer one, whichever was seen more:
-        requests of 2,000 tokens have 2,048 soon."""
-        if (place := self._places.get((name, kind))) is not None:
-            return float(self._mean[place])
+        """Of this kind of batch, else of its neighbour, else 0."""
+        place = self._places.get((name, kind), self._neighbour(name, kind))
+        return 0.0 if place is None else float(self._mean[place])
+
+    def _neighbour(self, name: str, kind: Kind) -> int | None:
+        """The state of the next shorter or longer kind, whichever was seen more: requests of 2,000
+        tokens have 2,048 soon."""
         part: Part = "plain" if name == "kind" else name  # type: ignore[assignment]
         beside = [(kind[0], kind[1] + step) for step in (-1, 1)]
         known = [other for other in beside if (name, other) in self._places]
         if not known:
-            return 0.0
-        nearest = max(known, key=lambda other: self._counts[part, other])
-        return float(self._mean[self._places[name, nearest]])
+            return None
+        return self._places[name, max(known, key=lambda other: self._counts[part, other])]
 
-    def _refuted(self, part: Part, kind: Kind, off: float) -> bool:
+    def _refuted(self, part: Part, kind: Kind, off: float, seen: float) -> bool:
         """Whether this round is the last of so many short ones that belief must be wrong."""
         if off >= -math.log(_FAR):
             self._doubts.pop((part, kind), None)
             return False
         doubt = self._doubts.setdefault((part, kind), _Doubt())
-        doubt.short, doubt.longest = doubt.short + 1, max(doubt.longest, off)
+        doubt.short, doubt.longest = doubt.short + 1, max(doubt.longest, seen)
         return doubt.short >= _SHORT
 
     def _publish(self, batch: Batch, kind: Kind) -> None:
         for part in ("verify", "draft"):
-            now = math.log(self.relative(part, batch))
-            if abs(now - self._published.get((part, kind), 0.0)) >= _VERSION_STEP:
-                self._published[part, kind] = now
-                self.version += 1
+            general = float(self._mean[self._places[part, None]])
+            for where, now in ((None, general), (kind, math.log(self.relative(part, batch)))):
+                if abs(now - self._published.get((part, where), 0.0)) >= _VERSION_STEP:
+                    self._published[part, where] = now
+                    self.version += 1
 
 
-def _deviation(name: str, kind: Kind | None) -> float:
-    prior = _PRIOR[name]
-    return prior if kind is None or name == "kind" else 0.5 * prior
+def _deviations(part: Part) -> list[float]:
+    """Of the states of an observation before anything is known, without the pace's."""
+    general = _PRIOR[part] if part != "plain" else 0.0
+    return [_PRIOR["kind"], *([general, _OF_KIND * general] if general else [])]
 
 
 def kind_of(batch: Batch) -> Kind:

@@ -86,7 +86,8 @@ class DeviceChooser:
         self._alphas.copy_(self._upload(values).reshape(2, -1))
 
     def set_corrections(self, plain: float, verify: float, draft: float, kept: float = 1.0) -> None:
-        """Passes on the factors of the batch's kind, see Corrections and AcceptanceModel.kept."""
+        """Passes on the batch's factors, all with the pace or none; see Corrections and
+        AcceptanceModel.kept."""
         self._corrections.copy_(self._upload([plain, verify, draft, self._round_us, kept]))
 
     def choose(

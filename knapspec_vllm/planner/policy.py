@@ -91,6 +91,7 @@ class Policy:
             raise ValueError(f"frontier is not for {self._costs.num_layers} layers")
         if not self._forced:
             self._install(frontier)
+            self._probes.look_anew()
 
     def choose(self, batch: Batch, max_draft_length: int) -> Choice:
         """What to do now; max_draft_length: what the batch has room for."""
@@ -102,9 +103,8 @@ class Policy:
         if measures and self._plain.due(batch, choice.predicted_speedup):
             return self._decline(batch, "measuring", "a round to measure plain decoding")
         if choice.code == "no gain" and self._probes.may_be_due(batch):
-            assert self._frontier is not None
             table = self._table(batch, self._lengths(max_draft_length))
-            plans = [estimate.plan for estimate in self._frontier.estimates]
+            plans = [estimate.plan for estimate in self._frontier.estimates]  # type: ignore[union-attr]
             pace = self._corrections.pace(batch)
             return self._probes.choose(batch, table, plans, self._acceptance, pace) or choice
         return choice
@@ -116,13 +116,13 @@ class Policy:
         self._last = choice
         self._corrections.note_round()
         self._resolve.note_round(self._speculating, choice.round_us)
-        if not self._speculating:
-            self._probes.note_declined()
+        self._probes.note_round(declined=not self._speculating)
         self._declined_rounds = 0 if self._speculating else self._declined_rounds + 1
         if self._declined_rounds >= self._config.resolve_rounds:
             self._declined_rounds = 0  # nothing is learned while declining, and traffic changes
             self._acceptance.forget()
             self._corrections.forget()
+            self._probes.look_anew()
 
     def explain(self, batch: Batch) -> list[tuple[Plan, int, float, float]]:
         """(plan, its draft length, alpha, predicted speedup), best first."""
@@ -146,8 +146,8 @@ class Policy:
 
     def observe_draft(self, batch: Batch, plan: Plan, forwards: int, time_us: float) -> None:
         """Learns what the drafting of a round took."""
-        predicted_us = forwards * self._costs.draft_us(plan, batch)
-        self._corrections.observe("draft", batch, predicted_us, time_us)
+        price_us = self._costs.draft_us(plan, batch)
+        self._corrections.observe("draft", batch, forwards * price_us, time_us)
 
     def plain_us(self, batch: Batch) -> float:
         """A plain decode step as rounds have shown it to be, microseconds."""

@@ -37,8 +37,12 @@ class Probes:
         self._waits: dict[tuple[int, int], float] = {}
         """Until so many rounds since the last probe there is none for this kind of batch."""
 
-    def note_declined(self) -> None:
-        self._since += 1
+    def note_round(self, declined: bool) -> None:
+        self._since += declined
+
+    def look_anew(self) -> None:
+        """Other plans, or other beliefs: what was hopeless may be no longer."""
+        self._waits.clear()
 
     def may_be_due(self, batch: Batch) -> bool:
         """Whether it is worth looking for one, which takes a millisecond on a slow core."""

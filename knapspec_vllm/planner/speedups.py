@@ -12,7 +12,8 @@ from knapspec_vllm.planner.types import Batch, Plan
 
 @dataclass(frozen=True)
 class Rates:
-    """Everything about a batch that its speedups need, except acceptance. Microseconds."""
+    """Everything about a batch that its speedups need, except acceptance. Microseconds at the pace
+    of the cost curves: what all parts of a round share cancels in a speedup."""
 
     lengths: tuple[int, ...]
     """Draft lengths considered: consecutive, all > 0."""
@@ -44,7 +45,7 @@ class Rates:
         round_us: float = 0.0,
         kept: float = 1.0,
     ) -> Rates:
-        """plain, verify, draft: corrections of the parts of a round, see corrections.py.
+        """plain, verify, draft: `Corrections.relative` of the parts of a round.
 
         round_us: what a speculative round costs on top. kept: see AcceptanceModel.kept.
         """

@@ -15,7 +15,7 @@ import pytest
 TOKENS = 16
 
 
-def knapspec(*arguments: str) -> subprocess.CompletedProcess:
+def knapspec(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     # vLLM's own process layout, whatever the other tests need.
     hidden = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS")
     return subprocess.run(
@@ -24,7 +24,7 @@ def knapspec(*arguments: str) -> subprocess.CompletedProcess:
         text=True,
         timeout=900,
         check=False,
-        env={name: value for name, value in os.environ.items() if name not in hidden},
+        env={**{n: value for n, value in os.environ.items() if n not in hidden}, **environment},
     )
 
 
@@ -78,3 +78,28 @@ def test_one_cell(smollm2_path: Path, tmp_path: Path) -> None:
     again = knapspec(*command, "--resume")
     assert again.returncode == 0
     assert "starting" not in again.stdout, "nothing was missing"
+
+
+def test_turns_within_a_batch_and_several_starts(smollm2_path: Path, tmp_path: Path) -> None:
+    result = knapspec(
+        "bench", str(smollm2_path), "--eager", "--batch", "2", "--context", "64", "--rounds", "2",
+        "--starts", "2", "--turn", "0.05", "--warm-up", "0", "--tokens", str(TOKENS),
+        "--arms", "declining", "--engine-args", '{"dtype": "float32"}',
+        "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out"),
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    values = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert values["arms"]["plain"]["engine"]["process_layout"] == "in process"
+    assert [(m["arm"], m["session"], len(m["rounds"])) for m in values["measurements"]] == [
+        ("plain", 0, 1), ("declining", 0, 1), ("plain", 1, 1), ("declining", 1, 1),
+    ]  # fmt: skip
+    for measurement in values["measurements"]:
+        (only,) = measurement["rounds"]
+        assert only["exact"]
+        assert 0 < only["decode_seconds"] < only["seconds"] < 60
+        assert only["tpot_seconds"] * (TOKENS - 1) < only["seconds"]
+    plain, declining = values["figures"]
+    assert plain["ratio_by_start"] == []
+    assert len(declining["ratio_by_start"]) == 2
+    assert declining["identical"] == declining["compared"] == 4

@@ -170,6 +170,7 @@ def test_report_without_predictions_or_drafts(bench: Any, tmp_path: Path) -> Non
         ),
         (("m", "--arm", 'x={"engine_args": 3}'), "--arm x: engine_args is a JSON object, not 3"),
         (("m", "--tokens", "1"), "--tokens 1"),
+        (("m", "--starts", "6"), "--starts 6 needs as many --rounds"),
         (("m", "--arms", "ngram", "--check", "1"), "--check judges the arm knapspec"),
         (("m", "--engine-args", '{"speculative_config": {}}'), "--engine-args: speculative_config"),
         (("m", "--engine-args", '{"max_model_len": 100}'), "max_model_len is 100"),
@@ -197,6 +198,7 @@ def test_wrong_arguments_are_one_line(
         (("m", "--rounds", "many"), "--rounds: many is not a whole number"),
         (("m", "--settings", "["), "--settings: not JSON"),
         (("m", "--workload", "novels"), "--workload: invalid choice"),
+        (("m", "--turn", "soon"), "--turn: soon is not a time in seconds"),
     ],
 )
 def test_wrong_values_name_the_option(
@@ -206,6 +208,21 @@ def test_wrong_values_name_the_option(
         cli.main(["bench", *arguments])
     assert caught.value.code == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_turns_need_the_engine_core_in_the_process(
+    bench: Any, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ("m", *SMALL, "--arms", "knapspec", "--turn", "0.5", "--out", str(tmp_path / "out"))
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    assert bench(*line) == 2
+    assert "set VLLM_ENABLE_V1_MULTIPROCESSING=0" in capsys.readouterr().err
+    assert bench.made == []
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    assert bench(*line, "--rounds", "2", "--starts", "2") == 0
+    found = Results.load(tmp_path / "out").measurements
+    assert {len(m.rounds) for m in found} == {1}
+    assert sorted({m.session for m in found}) == [0, 1]
 
 
 def test_a_failing_arm_ends_the_run_in_one_line(

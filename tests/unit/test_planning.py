@@ -58,7 +58,7 @@ def served(made: Planning, number: int, rows: list[str]) -> list[bool]:
     """Rounds as a proposer asks for them; which of them were not even looked at."""
     rested = []
     for _ in range(number):
-        rested.append(made.rests(rows))
+        rested.append(made.rests(rows, True))
         if not rested[-1]:
             made.choose(Batch(len(rows), 1000 * len(rows)), 4, lambda: None)
     return rested
@@ -76,8 +76,20 @@ def test_rests_between_looks_behind_a_round_that_is_measured() -> None:
 def test_never_rests_over_other_rows(others: list[str]) -> None:
     made, _ = planning(hits=300)
     assert served(made, 4, ["a"]) == [False, False, True, True]
-    assert made.rests(others) is False
-    assert made.rests(["a"]) is False
+    assert made.rests(others, True) is False
+    assert made.rests(["a"], True) is False
+
+
+@pytest.mark.parametrize("before", ["opted out", "forced", "prefill"])
+def test_never_rests_on_a_decision_that_was_not_made(before: str) -> None:
+    made, _ = planning(hits=300)
+    served(made, 4, ["a"])
+    if before == "opted out":
+        made.choose(ALONE, 0, lambda: None, True)
+    elif before == "forced":
+        made.force(HALF, 2)
+        assert made.choose(ALONE, 4, lambda: None).draft_length == 2
+    assert made.rests(["a"], before != "prefill") is False
 
 
 def test_never_rests_while_it_drafts_or_a_solve_is_asked_for() -> None:
@@ -86,7 +98,7 @@ def test_never_rests_while_it_drafts_or_a_solve_is_asked_for() -> None:
     made, _ = planning(hits=300)
     served(made, 3, ["a"])
     made.request_solve()
-    assert made.rests(["a"]) is False
+    assert made.rests(["a"], True) is False
 
 
 def test_every_round_counts_for_the_policy() -> None:

@@ -116,3 +116,36 @@ def test_rows_of_different_drafts_teach_by_what_they_feed(monkeypatch: pytest.Mo
         driver.clock.verified(driver.planning, rows, 2 + sum(drafts), [[5], [5]])
     assert fed == [2.5, 4.0, 3.5]
     assert ran == [4, 4, 4]  # what ran, not what was proposed: a GPU does not look whether to stop
+
+
+def test_rounds_that_were_not_looked_at_count_and_teach_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = Driver(monkeypatch)
+    driver.round(9.0)
+    driver.round(9.0)
+    for _ in range(6):
+        driver.clock.entered()
+        driver.clock.rested()
+        driver.now += 0.012
+    driver.round(9.0)
+    assert driver.taught == [10_000, 12_000]
+    stats = driver.stats
+    assert stats.measured_rounds == 8
+    assert stats.phase_us["own"] == pytest.approx(2 * 1000.0), "of those that were looked at"
+    assert stats.realised_round_us == stats.realised_plain_us == pytest.approx(92_000.0)
+    assert stats.predicted_round_us == stats.predicted_plain_us == pytest.approx(80_000.0)
+
+
+def test_a_pause_among_rounds_that_were_not_looked_at_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = Driver(monkeypatch)
+    driver.clock.entered()
+    driver.clock.rested()  # nothing before it: nothing to count
+    driver.round(9.0)
+    for gap_s in (60.0, 0.009, 0.009):
+        driver.clock.entered()
+        driver.clock.rested()
+        driver.now += gap_s
+    assert driver.stats.measured_rounds == 2

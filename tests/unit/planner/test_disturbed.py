@@ -22,11 +22,12 @@ def test_curves_of_a_disturbed_machine_are_found_out(settled):
         attention=flat(400.0), attention_window=flat(400.0), mlp=flat(500.0),
     )  # fmt: skip
     made, acceptance = policy(frontier((HALF, 30), trials=32), slow, round_overhead_us=None)
-    generator, drafted = random.Random(1), []
+    generator, drafted, predicted = random.Random(1), [], []
     for number in range(settled + 400):
         costs_now = slow if number < settled else truth
         choice = made.choose(BATCH, 8)
         drafted.append(choice.draft_length > 0)
+        predicted.append(choice.predicted_speedup)
         fed = 1 + choice.draft_length
         made.observe_step(BATCH, fed, costs_now.step_us(BATCH, fed))
         if choice.plan is not None:
@@ -39,5 +40,7 @@ def test_curves_of_a_disturbed_machine_are_found_out(settled):
             acceptance.observe(choice.plan, [row], BATCH.context_per_row)
     assert sum(drafted[:settled]) >= 0.7 * settled  # as it should, were it true
     lost = sum(drafted[settled:])
-    assert lost < 40, lost  # probes included
+    # Probes included. Most of it at a loss of some per cent: what was predicted is what it takes.
+    assert lost < (40 if not settled else 100), lost
+    assert sum(speedup > 1.5 for speedup in predicted[settled:]) < 25
     assert made.plain_us(BATCH) == pytest.approx(1000.0, rel=0.05)

@@ -51,6 +51,14 @@ def test_first_probes_come_soon_and_not_at_once():
     assert codes[first + 1 : first + 16] == ["no gain"] * 15
 
 
+def test_other_plans_are_looked_at_anew():
+    """Hope is not looked for in every round, but for plans that it was not looked for."""
+    made, _ = policy(frontier((HALF, 100), trials=1000), most=4, prior_weight=8.0, min_speedup=1.1)
+    assert {made.choose(BATCH, 4).code for _ in range(40)} == {"no gain"}
+    made.set_frontier(frontier((HALF, 12), trials=16))
+    assert "probing" in {made.choose(BATCH, 4).code for _ in range(20)}
+
+
 def test_settings_that_forbid_drafting_forbid_probes():
     assert set(play(hits=12, trials=16, true_alpha=1.0, draft_length=0)) == {"set to zero"}
 
