@@ -199,7 +199,7 @@ class Results:
                 raise UsageError(f"{path} has format {values['format']}, this reads {FORMAT}")
             return cls(
                 provenance=values["provenance"],
-                settings={"starts": 1, "turn": 0.0, **values["settings"]},
+                settings=values["settings"],
                 arms=values["arms"],
                 left_out=values["left_out"],
                 cells=[Cell(**cell) for cell in values["cells"]],
@@ -210,8 +210,9 @@ class Results:
 
     def check_same(self, other: Results) -> None:
         """Raises UsageError naming the first difference that forbids going on with `self`."""
+        settings = {"starts": 1, "turn": 0.0, **self.settings}  # older runs had no such settings
         pairs = [
-            *((f"setting {name}", self.settings, other.settings, name) for name in other.settings),
+            *((f"setting {name}", settings, other.settings, name) for name in other.settings),
             *(
                 (name, self.provenance, other.provenance, name)
                 for name in ("git", "device", "cores", "versions", "environment")
