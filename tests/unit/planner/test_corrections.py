@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rounds teach of the machine's pace, of kinds of batches and of parts; doubts, forgetting."""
+"""What rounds teach of the machine's pace, of kinds of batches and of parts; doubts, forgetting.
+
+Over 300 lines because every belief that has misled a server is held here against one filter.
+"""
 
 import math
 import random
