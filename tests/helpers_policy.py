@@ -44,3 +44,11 @@ def policy(found=None, model=None, most=8, **settings):
     if found is not None:
         made.set_frontier(found)
     return made, acceptance
+
+
+def accepted_tokens(generator, chance, drafted):
+    """How many of so many drafted tokens are kept, each with this chance if the one before was."""
+    count = 0
+    while count < drafted and generator.random() < chance:
+        count += 1
+    return count

@@ -92,7 +92,7 @@ class Engine:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
         answer = self._read()
-        self._signal(signal.SIGSTOP)
+        self.pause()
         return None if "turn" in answer else answer
 
     def pause(self) -> None:

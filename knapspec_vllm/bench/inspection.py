@@ -10,17 +10,21 @@ import json
 from typing import Any
 
 
+def _of_drafter(worker: Any, name: str) -> Any:
+    """An attribute of the runner's proposer; None where it is not KnapSpec's, or there is none."""
+    drafter = getattr(getattr(worker, "model_runner", None), "drafter", None)
+    return getattr(drafter, name, None)
+
+
 def knapspec_snapshot(worker: Any) -> str:
     """The proposer's state and counters; null where KnapSpec is not selected."""
-    drafter = getattr(getattr(worker, "model_runner", None), "drafter", None)
-    snapshot = getattr(drafter, "snapshot", None)
+    snapshot = _of_drafter(worker, "snapshot")
     return json.dumps(snapshot() if callable(snapshot) else None)
 
 
 def knapspec_stood_still(worker: Any) -> None:
     """Tell KnapSpec, where it is selected, that the engine did not run for a while."""
-    drafter = getattr(getattr(worker, "model_runner", None), "drafter", None)
-    stood_still = getattr(drafter, "stood_still", None)
+    stood_still = _of_drafter(worker, "stood_still")
     if callable(stood_still):
         stood_still()
 

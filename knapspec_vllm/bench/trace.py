@@ -23,7 +23,7 @@ class Turns:
     same of it, and arms that take turns of whole batches do not.
     """
 
-    def __init__(self, seconds: float, wait: Callable[[], None]) -> None:
+    def __init__(self, seconds: float = 0.0, wait: Callable[[], None] = lambda: None) -> None:
         """seconds: length of a turn at least, 0: no end. wait: returns at the next one's begin."""
         self._length, self._wait = seconds, wait
         self._begun = time.monotonic()
@@ -47,7 +47,7 @@ def traced(engine: Any, turns: Turns | None = None) -> Iterator[list[Step]]:
     steps: list[Step] = []
     rows: list[Any] = []
     original = engine.step
-    turns = turns or Turns(0.0, lambda: None)
+    turns = turns or Turns()
     turns.begin()
 
     def step(*args: Any, **kwargs: Any) -> Any:

@@ -79,6 +79,7 @@ def run_round(
     turns: Turns | None = None,
 ) -> dict[str, Any]:
     """All prompts, `batch` requests at a time; counters over the timed passes only."""
+    turns = turns or Turns()
     batches = []
     counted_all: dict[str, Any] = {}
     state: dict[str, Any] | None = None
@@ -98,7 +99,7 @@ def run_round(
 
 
 def run_batch(
-    llm: Any, prompts: list[list[int]], sampling: dict[str, Any], turns: Turns | None = None
+    llm: Any, prompts: list[list[int]], sampling: dict[str, Any], turns: Turns
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
     """(times and tokens, counted by vLLM, counted by KnapSpec) of one batch.
 
@@ -111,12 +112,10 @@ def run_batch(
     first = llm.generate(requests, SamplingParams(**{**sampling, "max_tokens": 1}), use_tqdm=False)
     params = SamplingParams(**sampling)
     before, state_before = counters(llm), knapspec_state(llm)
-    start, waited = time.monotonic(), 0.0 if turns is None else turns.waited
+    start, waited = time.monotonic(), turns.waited
     with traced(llm.llm_engine, turns) as steps:
         second = llm.generate(requests, params, use_tqdm=False)
-    seconds = time.monotonic() - start
-    if turns is not None:
-        seconds -= turns.waited - waited
+    seconds = time.monotonic() - start - (turns.waited - waited)
     after, state = counters(llm), knapspec_state(llm)
     if state is not None:
         state["stats"] = difference(state.get("stats", {}), (state_before or {}).get("stats"))

@@ -140,9 +140,7 @@ class Planning:
         holds = self._declined_kind is not None and 0 < self._repeats < _LOOK_EVERY
         if not (steady and holds and rows == self._rows) or self.solving.requested:
             return False
-        assert self.policy is not None
-        self._repeats += 1
-        self.policy.count(self.last_choice)
+        self._repeat()
         self._stats.add_choice(len(rows), False, self.last_choice.code)
         return True
 
@@ -177,13 +175,17 @@ class Planning:
 
         Every rank comes to the same, from what all of them know.
         """
-        assert self.policy is not None
         kind = _kind(batch, max_draft_length)
         if kind != self._declined_kind or self._repeats >= _LOOK_EVERY or self.solving.requested:
             return None
+        self._repeat()
+        return self.last_choice
+
+    def _repeat(self) -> None:
+        """The last decision stands for one more round."""
+        assert self.policy is not None
         self._repeats += 1
         self.policy.count(self.last_choice)
-        return self.last_choice
 
     def _without_costs(self, max_draft_length: int) -> Choice | None:
         if self._forced is not None and self._forced_length is not None:

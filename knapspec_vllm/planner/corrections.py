@@ -17,7 +17,7 @@ model; Durbin and Koopman, Time Series Analysis by State Space Methods, 2012, ch
 knows what an observation can tell: a run of verify steps that take longer says nothing about what
 sets them apart, because the machine may be slow, and a plain step in its middle says much. Averages
 of each part by itself believed plain steps at the pace of their time: on a machine that had become
-faster since, drafting went on at 0.82x.
+faster since, drafting went on at 0.86x.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _State: TypeAlias = "tuple[str, Kind | None]"
 
 _NOISE = 0.1
 """Standard deviation of one round's time, as a share of it."""
-_PACE, _PACE_STEP = 0.3, 0.04
-"""Of the pace before anything is known, and of what a round changes it by: a third of what a target
-step is off by counts for the next one."""
+_PACE_STEP = 0.04
+"""Of what a round changes the pace by: a third of what a target step is off by counts for the next
+one."""
 _MOST_ROUNDS = 64
 """Rounds, seen or not, after which the pace has become no more uncertain: it comes and goes."""
-_PRIOR: dict[str, float] = {"kind": 0.15, "verify": 0.25, "draft": 0.25}
-"""Of what the curves are off by; for verify steps and drafts, where caches and bookkeeping show, in
-general, and _OF_KIND of it for a kind of batch."""
+_PRIOR: dict[str, float] = {"pace": 0.3, "kind": 0.15, "verify": 0.25, "draft": 0.25}
+"""Of what the curves are off by, before anything is known; for verify steps and drafts, where caches
+and bookkeeping show, in general, and _OF_KIND of it for a kind of batch."""
 _OF_KIND = 0.5
 _STEP = 0.003
 """Of what an observation changes these by: so much more may be learned next time."""
@@ -90,9 +90,8 @@ class Corrections:
         self._covariance = np.zeros((0, 0))
         self._kinds: OrderedDict[Kind, None] = OrderedDict()
         """The one seen last at the end."""
-        self._add(("pace", None), _PACE)
-        for part in ("verify", "draft"):
-            self._add((part, None), _PRIOR[part])
+        for name in ("pace", "verify", "draft"):
+            self._add((name, None), _prior(name, None))
         self._rounds = 0
         """Since the last observed step."""
         self._counts: Counter[tuple[Part, Kind]] = Counter()
@@ -111,7 +110,7 @@ class Corrections:
             return
         kind = kind_of(batch)
         states = self._states(part, kind)
-        self._let_time_pass(part, states)
+        self._let_time_pass(part, kind, states)
         seen = math.log(time_us / predicted_us)
         off = seen - float(self._mean[states].sum())
         if self._refuted(part, kind, off, seen):
@@ -124,14 +123,14 @@ class Corrections:
         self._counts[part, kind] += 1
         self._publish(batch, kind)
 
-    def _let_time_pass(self, part: Part, states: list[int]) -> None:
+    def _let_time_pass(self, part: Part, kind: Kind, states: list[int]) -> None:
         """What may have changed since it was last seen has become uncertain."""
         if part != "draft" or self._rounds:  # drafts are mostly of the round of the step behind
             rounds = min(max(1, self._rounds), _MOST_ROUNDS)
             self._covariance[0, 0] += rounds * _PACE_STEP**2
             self._rounds = 0
         # Towards the prior: for hours only sums are seen, and their parts must not drift apart.
-        priors = np.array(_deviations(part))
+        priors = np.array([_prior(*state) for state in _summands(part, kind)[1:]])
         self._fade(states[1:], np.sqrt(1.0 - (_STEP / priors) ** 2), priors)
 
     def _fade(self, states: list[int], kept: np.ndarray, priors: np.ndarray) -> None:
@@ -175,8 +174,7 @@ class Corrections:
         has been seen for long. What all parts share stays, or a speedup would be wrong by it."""
         for (name, kind), place in self._places.items():
             if name in ("verify", "draft"):
-                prior = _PRIOR[name] * (1.0 if kind is None else _OF_KIND)
-                self._fade([place], np.array([0.5]), np.array([prior]))
+                self._fade([place], np.array([0.5]), np.array([_prior(name, kind)]))
         self.version += 1
 
     def pace(self, batch: Batch) -> float:
@@ -212,12 +210,10 @@ class Corrections:
             if len(self._kinds) >= _MOST_KINDS:
                 self._drop(next(iter(self._kinds)))
             self._kinds[kind] = None
-        found: list[_State] = [("pace", None), ("kind", kind)]
-        if part != "plain":
-            found += [(part, None), (part, kind)]
-        for state, deviation in zip(found[1:], _deviations(part), strict=True):
+        found = _summands(part, kind)
+        for state in found:
             if state not in self._places:
-                self._add(state, deviation, self._neighbour(state[0], kind))
+                self._add(state, _prior(*state), self._neighbour(state[0], kind))
         return [self._places[state] for state in found]
 
     def _add(self, state: _State, deviation: float, like: int | None = None) -> None:
@@ -271,10 +267,15 @@ class Corrections:
                     self.version += 1
 
 
-def _deviations(part: Part) -> list[float]:
-    """Of the states of an observation before anything is known, without the pace's."""
-    general = _PRIOR[part] if part != "plain" else 0.0
-    return [_PRIOR["kind"], *([general, _OF_KIND * general] if general else [])]
+def _summands(part: Part, kind: Kind) -> list[_State]:
+    """The states whose sum an observation is, the pace first."""
+    of_part: list[_State] = [] if part == "plain" else [(part, None), (part, kind)]
+    return [("pace", None), ("kind", kind), *of_part]
+
+
+def _prior(name: str, kind: Kind | None) -> float:
+    """Deviation of a state before anything is known."""
+    return _PRIOR[name] if kind is None or name == "kind" else _OF_KIND * _PRIOR[name]
 
 
 def kind_of(batch: Batch) -> Kind:

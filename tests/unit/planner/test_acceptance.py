@@ -13,6 +13,7 @@ from knapspec_vllm.planner.acceptance import (
 )
 from knapspec_vllm.planner.objective import expected_tokens
 from knapspec_vllm.planner.types import Plan
+from tests.helpers_policy import accepted_tokens
 
 PLAN = Plan.parse("skip mlp:1", 4)
 OTHER = Plan.parse("skip mlp:1-3", 4)
@@ -64,10 +65,7 @@ def test_feedback_finds_the_truth():
     model, generator = AcceptanceModel(), random.Random(0)
     model.prior(PLAN, 32, 32)
     for _ in range(300):
-        accepted = 0
-        while accepted < 5 and generator.random() < 0.6:
-            accepted += 1
-        model.observe(PLAN, [(accepted, 5)])
+        model.observe(PLAN, [(accepted_tokens(generator, 0.6, 5), 5)])
     # Half a life of 256 drafted tokens remembers about 180 verified ones: s.e. 0.036.
     assert model.alpha(PLAN) == pytest.approx(0.6, abs=0.1)
     assert model.drift(PLAN) == pytest.approx(0.6 - 0.98, abs=0.13)
@@ -114,9 +112,7 @@ def mixed(first: float, second: float, rounds: int) -> tuple[AcceptanceModel, fl
     model, generator, total = AcceptanceModel(feedback_half_life=1e12), random.Random(1), 0
     model.prior(PLAN, 31, 32)
     for number in range(2 * rounds):
-        accepted = 0
-        while accepted < 4 and generator.random() < (first, second)[number % 2]:
-            accepted += 1
+        accepted = accepted_tokens(generator, (first, second)[number % 2], 4)
         model.observe(PLAN, [(accepted, 4)], 500)
         total += accepted
     return model, total / rounds / 2

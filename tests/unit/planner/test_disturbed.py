@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tests.helpers_policy import BATCH, HALF, costs, flat, frontier, policy
+from tests.helpers_policy import BATCH, HALF, accepted_tokens, costs, flat, frontier, policy
 
 
 @pytest.mark.parametrize("settled", [0, 400])
@@ -33,10 +33,7 @@ def test_curves_of_a_disturbed_machine_are_found_out(settled):
         if choice.plan is not None:
             draft_us = choice.draft_length * costs_now.draft_us(choice.plan, BATCH)
             made.observe_draft(BATCH, choice.plan, choice.draft_length, draft_us)
-            accepted = 0
-            while accepted < choice.draft_length and generator.random() < 0.6:
-                accepted += 1
-            row = accepted, choice.draft_length
+            row = accepted_tokens(generator, 0.6, choice.draft_length), choice.draft_length
             acceptance.observe(choice.plan, [row], BATCH.context_per_row)
     assert sum(drafted[:settled]) >= 0.7 * settled  # as it should, were it true
     lost = sum(drafted[settled:])

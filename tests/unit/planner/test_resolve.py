@@ -5,7 +5,7 @@ import dataclasses
 import random
 
 from knapspec_vllm.planner.types import Batch
-from tests.helpers_policy import BATCH, HALF, costs, flat, frontier, policy
+from tests.helpers_policy import BATCH, HALF, accepted_tokens, costs, flat, frontier, policy
 
 
 def test_first_solve_only_where_it_could_pay():
@@ -89,9 +89,7 @@ def test_a_solver_that_promises_too_much_is_asked_ever_more_rarely():
         choice = made.choose(BATCH, 4)
         if choice.plan is None:
             continue
-        drafted, accepted = drafted + 1, 0
-        while accepted < choice.draft_length and generator.random() < 0.6:
-            accepted += 1
+        drafted, accepted = drafted + 1, accepted_tokens(generator, 0.6, choice.draft_length)
         acceptance.observe(choice.plan, [(accepted, choice.draft_length)], BATCH.context_per_row)
     assert len(solved) <= 15
     assert solved[0] < 1000  # not of age

@@ -13,6 +13,7 @@ from knapspec_vllm.planner.curves import Curve
 from knapspec_vllm.planner.objective import throughput_tpt
 from knapspec_vllm.planner.speedups import Rates
 from knapspec_vllm.planner.types import Batch
+from tests.helpers_policy import accepted_tokens
 
 LENGTHS = tuple(range(1, 9))
 
@@ -56,10 +57,7 @@ def test_tokens_of_rows_with_less_room_are_those_of_a_simulation():
     generator, rounds, gained = random.Random(0), 20_000, 0
     for _ in range(rounds):
         for limit in limits:
-            accepted = 0
-            while accepted < min(limit, 5) and generator.random() < 0.9:
-                accepted += 1
-            gained += 1 + accepted
+            gained += 1 + accepted_tokens(generator, 0.9, min(limit, 5))
     # The step feeds (5 + 5 + 2 + 0) / 4 drafted tokens a row and one more.
     plain_us, round_us = (COSTS.step_us(Batch(4, 800), n) for n in (1, 4))
     want = gained / (4 * rounds) * plain_us / (5 * 300.0 + round_us)
