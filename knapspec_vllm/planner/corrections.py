@@ -43,8 +43,8 @@ one."""
 _MOST_ROUNDS = 64
 """Rounds, seen or not, after which the pace has become no more uncertain: it comes and goes."""
 _PRIOR: dict[str, float] = {"pace": 0.3, "kind": 0.15, "verify": 0.25, "draft": 0.25}
-"""Of what the curves are off by, before anything is known; for verify steps and drafts, where caches
-and bookkeeping show, in general, and _OF_KIND of it for a kind of batch."""
+"""Of what the curves are off by, before anything is known; for verify steps and drafts, where
+caches and bookkeeping show, in general, and _OF_KIND of it for a kind of batch."""
 _OF_KIND = 0.5
 _STEP = 0.003
 """Of what an observation changes these by: so much more may be learned next time."""
