@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -65,7 +66,10 @@ def test_declined_steps_sample_as_plain_vllm(monkeypatch) -> None:
             patch.setattr(rejection_sampler, "rejection_sample", drawn)
             patch.setattr(GPUModelRunner, "_calc_spec_decode_metadata", both)
             found = sampled(llm)
-        assert max(compared) == len(PROMPTS)
+        # vLLM 0.27 asks for metadata where something is drafted, later releases in every step.
+        source = inspect.getsource(GPUModelRunner._prepare_inputs)
+        always = "use_spec_decode = self.speculative_config is not None" in source
+        assert max(compared, default=0) == (len(PROMPTS) if always else 0)
     for (tokens, logprobs), (want_tokens, want) in zip(found, expected, strict=True):
         assert tokens == want_tokens
         assert len(logprobs) == len(want) == 12
