@@ -36,8 +36,8 @@ class KnapSpecConfig:
     ``"skip attn:3,7-9 mlp:5; window attn:*"`` and forces it."""
 
     draft_length: int | None = None
-    """Force this many drafted tokens per round (0 to num_speculative_tokens). None: the planner
-    chooses every round."""
+    """Force this many drafted tokens per round (0 to num_speculative_tokens; with 0 nothing is
+    measured at start either). None: the planner chooses every round."""
 
     always_draft: bool = False
     """Never decline to speculate, even when it is predicted to lose. For demos and tests."""

@@ -125,7 +125,7 @@ def grid_results() -> Results:
         "plain": None,
         "ngram": {"method": "ngram"},
         "knapspec": {"method": "knapspec"},
-        "declining": {"method": "knapspec", "draft_length": 0},
+        "declining": {"method": "knapspec", "min_speedup": 1e9},
     }
     counters = {"num_drafts": 8, "num_draft_tokens": 24, "num_accepted_tokens": 12,
                 "num_accepted_tokens_per_pos": [6, 4, 2]}  # fmt: skip

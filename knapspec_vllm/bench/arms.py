@@ -17,8 +17,8 @@ PUBLISHED = ("self_sd", "swift", "clasp", "del")
 KNAPSPEC_ARMS: dict[str, dict[str, Any]] = {
     "knapspec": {},
     "paper": {"objective": "paper", "windows": False},
-    # Selected but never drafts: what declining costs.
-    "declining": {"draft_length": 0},
+    # Selected but never drafts, by its own judgement: what declining costs.
+    "declining": {"min_speedup": 1e9},
     # A published planner has no rule for declining.
     **{name: {"strategy": name, "always_draft": True} for name in PUBLISHED},
 }

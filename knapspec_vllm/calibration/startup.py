@@ -18,6 +18,7 @@ from knapspec_vllm.calibration.store import (
     hardware_name,
     store_directory,
 )
+from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.draft.graphs import CudaCapture
 from knapspec_vllm.draft.memory import added_bytes
 from knapspec_vllm.draft.proposer import KnapSpecProposer
@@ -50,12 +51,13 @@ def calibrate(proposer: KnapSpecProposer) -> None:
         ),
     )
     found, source = None, "stored"
-    if config.calibration != "force" and agreement.leads:
+    drafts = config.draft_length != 0
+    if drafts and config.calibration != "force" and agreement.leads:
         found = store.load()
     found = agreement.share(found)
     if found is not None:
         logger.info("KnapSpec uses the calibration stored in %s", store.path)
-    elif config.calibration != "off" and not _fully_forced(proposer):
+    elif drafts and config.calibration != "off" and not _fully_forced(config):
         found, source = _measure(proposer), "measured"
         if agreement.leads:
             store.save(found)
@@ -131,9 +133,9 @@ def _prepared_solver(proposer: KnapSpecProposer) -> SolveGraphs | None:
     return graphs
 
 
-def _fully_forced(proposer: KnapSpecProposer) -> bool:
+def _fully_forced(config: KnapSpecConfig) -> bool:
     """A forced plan of forced length needs no prices."""
-    return proposer.config.plan != "auto" and proposer.config.draft_length is not None
+    return config.plan != "auto" and config.draft_length is not None
 
 
 def _measure(proposer: KnapSpecProposer) -> Calibration:

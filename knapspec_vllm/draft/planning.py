@@ -83,6 +83,8 @@ class Planning:
         self.solving = Solving(config, engine, geometry, agreement, stats, on_frontier)
         self._declined_kind: tuple[int, int, int] | None = None
         self._repeats = 0
+        self._never_drafts = False
+        """By its settings, whatever the batch."""
         self._rows: tuple[str, ...] = ()
 
     @property
@@ -106,7 +108,8 @@ class Planning:
             self._declined_kind = None
             self._stats.add_choice(batch.rows, False, code)
             return Choice(None, 0, 1.0, "no room for a draft in this batch", code)
-        choice = self._without_costs(max_draft_length)
+        choice = self._without_policy(max_draft_length)
+        self._never_drafts = choice is not None and choice.plan is None
         if choice is not None:
             self._declined_kind = None
         else:
@@ -137,16 +140,20 @@ class Planning:
         Looking costs 0.2 ms of a round, 0.7% of a small model's, and tells nothing new for a while.
         """
         rows, self._rows = self._rows, tuple(req_ids)
-        holds = self._declined_kind is not None and 0 < self._repeats < _LOOK_EVERY
-        if not (steady and holds and rows == self._rows) or self.solving.requested:
+        if not (steady and rows == self._rows):
             return False
-        self._repeat()
+        if not self._never_drafts:
+            holds = self._declined_kind is not None and 0 < self._repeats < _LOOK_EVERY
+            if not holds or self.solving.requested:
+                return False
+            self._repeat()
         self._stats.add_choice(len(rows), False, self.last_choice.code)
         return True
 
     def force(self, plan: Plan, draft_length: int) -> None:
         """Draft `draft_length` tokens with `plan` in every round from now on."""
         self._forced, self._forced_length = plan, draft_length
+        self._never_drafts = False
 
     def request_solve(self) -> None:
         """Solve in the next round whatever the policy thinks; call it on every rank."""
@@ -187,11 +194,12 @@ class Planning:
         self._repeats += 1
         self.policy.count(self.last_choice)
 
-    def _without_costs(self, max_draft_length: int) -> Choice | None:
+    def _without_policy(self, max_draft_length: int) -> Choice | None:
+        """What settings alone decide; None: the policy has to."""
+        if self._forced_length == 0:
+            return Choice(None, 0, 1.0, "draft_length is set to 0", "set to zero")
         if self._forced is not None and self._forced_length is not None:
             length = min(self._forced_length, max_draft_length)
-            if length == 0:
-                return Choice(None, 0, 1.0, "draft_length is set to 0", "set to zero")
             return Choice(self._forced, length, math.nan, "forced by settings")
         if self.policy is None:
             reason = "no cost curves (calibration is off and none are stored)"

@@ -17,10 +17,12 @@ from knapspec_vllm.planner.corrections import kind_of
 from knapspec_vllm.planner.speedups import SpeedupTable
 from knapspec_vllm.planner.types import Batch, Choice, Plan
 
-_FIRST, _FIRST_EVERY = 4, 16
-"""Probes of a kind of batch that come soon, and declined rounds between them."""
+_FIRST, _FIRST_COST, _FIRST_EVERY = 4, 0.02, 16
+"""Probes of a kind of batch that come soon, the share of the time that they may cost, and declined
+rounds between them at least. Without a limit to their cost they were why a server that declined was
+5 to 10% behind in its first 400 rounds (SmolLM2, 4 x 200, 2-core CPU)."""
 _COST, _LEAST_EVERY = 0.005, 32
-"""Later ones cost at most this share of the time; rounds between them at least."""
+"""The same of later ones."""
 _HOPELESS = 64
 """Declined rounds until hope is looked for again where there is none."""
 _Z = 1.64
@@ -82,8 +84,9 @@ class Probes:
 
     def _due(self, kind: tuple[int, int], lost_rounds: float) -> bool:
         """lost_rounds: what the probe is expected to lose, in plain rounds."""
-        every = float(_FIRST_EVERY)
-        if self._done[kind] >= _FIRST:
+        if self._done[kind] < _FIRST:
+            every = max(_FIRST_EVERY, lost_rounds / _FIRST_COST)
+        else:
             every = max(_LEAST_EVERY, lost_rounds / _COST)
         if self._since < every:
             self._waits[kind] = every

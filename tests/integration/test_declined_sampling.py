@@ -8,7 +8,7 @@ import inspect
 
 import pytest
 import torch
-from engines import engine
+from engines import engine, proposer_of
 
 from knapspec_vllm.bench.checkpoints import random_checkpoint
 
@@ -62,6 +62,9 @@ def test_declined_steps_sample_as_plain_vllm(monkeypatch) -> None:
             compared.append(len(theirs.num_draft_tokens))
             return found
 
+        assert (
+            proposer_of(llm).calibration["source"] == "none"
+        )  # nothing to price, nothing measured
         with monkeypatch.context() as patch:
             patch.setattr(rejection_sampler, "rejection_sample", drawn)
             patch.setattr(GPUModelRunner, "_calc_spec_decode_metadata", both)

@@ -101,6 +101,17 @@ def test_never_rests_while_it_drafts_or_a_solve_is_asked_for() -> None:
     assert made.rests(["a"], True) is False
 
 
+def test_what_never_drafts_is_looked_at_once() -> None:
+    made, asked = planning(hits=1000, draft_length=0)
+    assert served(made, 40, ["a"]) == [False] + [True] * 39
+    assert served(made, 2, ["b"]) == [False, True]
+    assert not asked
+    assert made._stats.declined_rounds["set to zero"] == made._stats.rounds == 42
+    made.force(HALF, 2)
+    assert made.rests(["b"], True) is False
+    assert made.choose(ALONE, 4, lambda: None).draft_length == 2
+
+
 def test_every_round_counts_for_the_policy() -> None:
     """What it learned is doubted after so many declined rounds, asked or not."""
     made, _ = planning(hits=300, resolve_rounds=20)

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plan that looks worse than it is gets another look, at a bounded price."""
 
+import pytest
+
+from knapspec_vllm.planner.corrections import kind_of
+from knapspec_vllm.planner.probes import Probes
 from tests.helpers_policy import BATCH, HALF, frontier, policy
 
 ROUNDS = 2000
@@ -49,6 +53,16 @@ def test_first_probes_come_soon_and_not_at_once():
     first = codes.index("probing")
     assert first == 15
     assert codes[first + 1 : first + 16] == ["no gain"] * 15
+
+
+@pytest.mark.parametrize(("lost_rounds", "wait"), [(0.1, 16), (5.0, 250)])
+def test_first_probes_cost_a_fiftieth_of_the_time(lost_rounds, wait):
+    probes, kind = Probes(1.1), kind_of(BATCH)
+    due = []
+    for _ in range(3 * wait):
+        probes.note_round(declined=True)
+        due.append(probes._due(kind, lost_rounds))
+    assert [number for number, is_due in enumerate(due, 1) if is_due] == [wait, 2 * wait, 3 * wait]
 
 
 def test_other_plans_are_looked_at_anew():
