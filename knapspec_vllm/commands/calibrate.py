@@ -148,9 +148,16 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     additional = dict(options.pop("additional_config", None) or {})
     # Of the two places for settings the command line's wins. The last two are what this is for.
     own = additional.pop("knapspec", None) or {}
+    speculative = {**own, **speculative, "calibration": "force", "resolve": True}
+    if (length := speculative.get("draft_length")) is not None:
+        if length == 0 or speculative.get("plan", "auto") != "auto":
+            raise ValueError(
+                f"draft_length={length} leaves nothing to choose, so nothing is measured for it: "
+                "leave draft_length out of --settings and --serve-config"
+            )
     return {
         **options,
-        "speculative_config": {**own, **speculative, "calibration": "force", "resolve": True},
+        "speculative_config": speculative,
         **({"additional_config": additional} if additional else {}),
     }
 

@@ -129,12 +129,22 @@ def test_entries_of_several_nodes_go_into_one_store(tmp_path: Path) -> None:
     }
 
 
-def test_another_method_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("selected", "message"),
+    [
+        ("method: ngram", "selects the method 'ngram'"),
+        ("method: knapspec, draft_length: 0", "draft_length=0 leaves nothing to choose"),
+        ("method: knapspec, plan: full, draft_length: 2", "draft_length=2 leaves nothing to"),
+    ],
+)
+def test_what_there_is_nothing_to_measure_for_is_refused(
+    tmp_path: Path, selected: str, message: str
+) -> None:
     config = tmp_path / "serve.yaml"
-    config.write_text("speculative-config: {method: ngram, num_speculative_tokens: 3}\n")
+    config.write_text(f"speculative-config: {{{selected}, num_speculative_tokens: 3}}\n")
     done = subprocess.run(
         [sys.executable, "-m", "knapspec_vllm.cli", "calibrate", "m", "--serve-config", config],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "selects the method 'ngram'" in done.stderr
+    assert message in done.stderr

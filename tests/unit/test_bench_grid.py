@@ -223,8 +223,11 @@ def test_steps_are_traced_while_rows_come_and_go() -> None:
     assert row_times([]) == []
 
 
-def test_what_lies_between_turns_is_not_in_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step takes a second, a turn at least 2.5; others work for ten, of which nothing is seen."""
+@pytest.mark.parametrize(("seconds", "ends"), [(2.5, 2), (5.5, 2), (6.5, 1), (0.0, 0)])
+def test_what_lies_between_turns_is_not_in_the_times(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, ends: int
+) -> None:
+    """A step takes a second, a turn at least five; others work for ten, of which nothing is seen."""
     now, row = [100.0], SimpleNamespace(num_generation_tokens=0, last_token_ts=0.0)
     monkeypatch.setattr(trace, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
@@ -238,16 +241,16 @@ def test_what_lies_between_turns_is_not_in_the_times(monkeypatch: pytest.MonkeyP
     def others_work() -> None:
         now[0] += 10.0
 
-    turns, engine = Turns(2.5, others_work), LLMEngine()
+    turns, engine = Turns(seconds, others_work), LLMEngine()
     for batch in range(2):
         now[0] += 5.0  # the pass that fills the cache is no part of a turn
         begin = now[0] - turns.waited
         with traced(engine, turns) as steps:
-            for _ in range(7):
+            for _ in range(13):
                 engine.step()
-        assert [clock - begin for clock, _ in steps] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
-        assert turns.waited == 20.0 * (batch + 1)
-        assert now[0] - turns.waited - begin == 7.0
+        assert [clock - begin for clock, _ in steps] == [float(i) for i in range(1, 14)]
+        assert turns.waited == 10.0 * ends * (batch + 1)
+        assert now[0] - turns.waited - begin == 13.0
 
 
 def request(tokens: int, last: float | None, cached: bool = False) -> dict[str, Any]:

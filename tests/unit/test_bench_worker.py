@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from knapspec_vllm.bench import worker
+from knapspec_vllm.bench import trace, worker
 from knapspec_vllm.bench.inspection import (
     knapspec_snapshot,
     knapspec_stood_still,
@@ -147,6 +147,7 @@ def test_snapshot_of_a_worker_of_another_kind() -> None:
 def test_between_turns_an_engine_waits_and_knapspec_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(trace, "_LEAST_STEPS", 1)
     told: list[str] = []
     llm: Any = FakeLLM(SimpleNamespace(stood_still=lambda: told.append("stood still")))
     answers = io.StringIO()
