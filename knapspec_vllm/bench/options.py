@@ -78,8 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--turn", type=seconds, default=0.0, metavar="SECONDS",
         help="arms take turns of this length, and of five steps at least, in the middle of a batch "
-        "(0.5 is a good one), so that all see the same of a machine whose speed moves, until the fastest is done; default: "
-        "turns of a whole round. On CPUs, with VLLM_ENABLE_V1_MULTIPROCESSING=0",
+        "(0.5 is a good one), so that all see the same of a machine whose speed moves, until the "
+        "fastest is done; default: turns of a whole round. On CPUs, with "
+        "VLLM_ENABLE_V1_MULTIPROCESSING=0",
     )  # fmt: skip
     add("--warm-up", type=_whole, default=1, metavar="ROUNDS", help="not counted, of every cell")
     add(

@@ -149,12 +149,12 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     # Of the two places for settings the command line's wins. The last two are what this is for.
     own = additional.pop("knapspec", None) or {}
     speculative = {**own, **speculative, "calibration": "force", "resolve": True}
-    if (length := speculative.get("draft_length")) is not None:
-        if length == 0 or speculative.get("plan", "auto") != "auto":
-            raise ValueError(
-                f"draft_length={length} leaves nothing to choose, so nothing is measured for it: "
-                "leave draft_length out of --settings and --serve-config"
-            )
+    length, forced = speculative.get("draft_length"), speculative.get("plan", "auto") != "auto"
+    if length == 0 or (forced and length is not None):
+        raise ValueError(
+            f"draft_length={length} leaves nothing to choose, so nothing is measured for it: "
+            "leave draft_length out of --settings and --serve-config"
+        )
     return {
         **options,
         "speculative_config": speculative,

@@ -227,7 +227,7 @@ def test_steps_are_traced_while_rows_come_and_go() -> None:
 def test_what_lies_between_turns_is_not_in_the_times(
     monkeypatch: pytest.MonkeyPatch, seconds: float, ends: int
 ) -> None:
-    """A step takes a second, a turn at least five; others work for ten, of which nothing is seen."""
+    """A step takes 1 s, a turn 5 at least; others work for 10 meanwhile, which nobody sees."""
     now, row = [100.0], SimpleNamespace(num_generation_tokens=0, last_token_ts=0.0)
     monkeypatch.setattr(trace, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
