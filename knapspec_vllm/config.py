@@ -252,3 +252,8 @@ def _check_range(name: str, value: float) -> None:
         raise ValueError(
             f"knapspec setting '{name}' is {value!r}; write a number of {at_least}{at_most}."
         )
+
+
+def leaves_no_choice(plan: str, draft_length: int | None) -> bool:
+    """Whether these two settings say all there is to draft, so that nothing needs a price."""
+    return draft_length == 0 or (plan != "auto" and draft_length is not None)

@@ -18,7 +18,7 @@ from knapspec_vllm.calibration.store import (
     hardware_name,
     store_directory,
 )
-from knapspec_vllm.config import KnapSpecConfig
+from knapspec_vllm.config import leaves_no_choice
 from knapspec_vllm.draft.graphs import CudaCapture
 from knapspec_vllm.draft.memory import added_bytes
 from knapspec_vllm.draft.proposer import KnapSpecProposer
@@ -51,13 +51,12 @@ def calibrate(proposer: KnapSpecProposer) -> None:
         ),
     )
     found, source = None, "stored"
-    drafts = config.draft_length != 0
-    if drafts and config.calibration != "force" and agreement.leads:
+    if config.draft_length != 0 and config.calibration != "force" and agreement.leads:
         found = store.load()
     found = agreement.share(found)
     if found is not None:
         logger.info("KnapSpec uses the calibration stored in %s", store.path)
-    elif drafts and config.calibration != "off" and not _fully_forced(config):
+    elif config.calibration != "off" and not leaves_no_choice(config.plan, config.draft_length):
         found, source = _measure(proposer), "measured"
         if agreement.leads:
             store.save(found)
@@ -131,11 +130,6 @@ def _prepared_solver(proposer: KnapSpecProposer) -> SolveGraphs | None:
         time.perf_counter() - start, len(graphs or ()),
     )  # fmt: skip
     return graphs
-
-
-def _fully_forced(config: KnapSpecConfig) -> bool:
-    """A forced plan of forced length needs no prices."""
-    return config.plan != "auto" and config.draft_length is not None
 
 
 def _measure(proposer: KnapSpecProposer) -> Calibration:

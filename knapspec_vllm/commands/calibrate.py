@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from knapspec_vllm.bench.options import json_object, positive
 from knapspec_vllm.commands.output import answers_only, under_way
 from knapspec_vllm.commands.vllm_options import serve_options
+from knapspec_vllm.config import leaves_no_choice
 
 if TYPE_CHECKING:
     from knapspec_vllm.planner.costs import CostModel
@@ -149,8 +150,8 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     # Of the two places for settings the command line's wins. The last two are what this is for.
     own = additional.pop("knapspec", None) or {}
     speculative = {**own, **speculative, "calibration": "force", "resolve": True}
-    length, forced = speculative.get("draft_length"), speculative.get("plan", "auto") != "auto"
-    if length == 0 or (forced and length is not None):
+    length = speculative.get("draft_length")
+    if leaves_no_choice(speculative.get("plan", "auto"), length):
         raise ValueError(
             f"draft_length={length} leaves nothing to choose, so nothing is measured for it: "
             "leave draft_length out of --settings and --serve-config"

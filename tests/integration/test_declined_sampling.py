@@ -62,9 +62,8 @@ def test_declined_steps_sample_as_plain_vllm(monkeypatch) -> None:
             compared.append(len(theirs.num_draft_tokens))
             return found
 
-        assert (
-            proposer_of(llm).calibration["source"] == "none"
-        )  # nothing to price, nothing measured
+        # Nothing is drafted, so nothing was priced.
+        assert proposer_of(llm).calibration["source"] == "none"
         with monkeypatch.context() as patch:
             patch.setattr(rejection_sampler, "rejection_sample", drawn)
             patch.setattr(GPUModelRunner, "_calc_spec_decode_metadata", both)
