@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -113,15 +115,30 @@ def check_cache_is_read_back(eng) -> None:
     assert torch.equal(read_value[:count], value)
 
 
+@contextmanager
+def references_seen(planning, look: Callable[[References | None], None]) -> Iterator[None]:
+    """Show `look` the references of every round, those that engines forbidden to draft would pass
+    over included."""
+    choose, rests = planning.choose, planning.rests
+
+    def spy(batch, max_draft_length, references, opted_out):
+        look(references())
+        return choose(batch, max_draft_length, references, opted_out)
+
+    planning.choose, planning.rests = spy, lambda req_ids, steady: False
+    try:
+        yield
+    finally:
+        planning.choose, planning.rests = choose, rests
+
+
 @torch.inference_mode()
 def check_branches(llm, prompts: list[list[int]]) -> None:
     """The all-FULL branch predicts, from the cached prefix, the very tokens vLLM generated."""
     proposer = proposer_of(llm)
     seen: list[tuple[References, torch.Tensor]] = []
-    original = proposer.planning.choose
 
-    def spy(batch, max_draft_length, references, opted_out):
-        found = references()
+    def look(found: References | None) -> None:
         if found is not None:
             runner = VllmBranches(proposer.engine, proposer.geometry, found)
             states = runner.reference_states()[None].repeat(2, 1, 1)
@@ -129,13 +146,9 @@ def check_branches(llm, prompts: list[list[int]]) -> None:
                 states, _ = runner.attention(layer, states, window=False)
                 states = runner.mlp(layer, states)
             seen.append((found, runner.top1(states)))
-        return original(batch, max_draft_length, references)
 
-    proposer.planning.choose = spy
-    try:
+    with references_seen(proposer.planning, look):
         outputs = greedy(llm, prompts, 20)
-    finally:
-        proposer.planning.choose = original
     sequences = {len(p): p + o for p, o in zip(prompts, outputs, strict=True)}
     compared = 0
     for found, top1 in seen:
@@ -157,18 +170,12 @@ def test_reference_rows_hold_the_newest_tokens() -> None:
     model = random_checkpoint("LlamaForCausalLM")
     with engine(model, IDLE, skip_tokenizer_init=True, max_model_len=512) as llm:
         proposer = proposer_of(llm)
-        seen: list[References] = []
-        original = proposer.planning.choose
-
-        def spy(batch, max_draft_length, references, opted_out):
-            seen[:] = [references()]
-            return original(batch, max_draft_length, references)
-
-        proposer.planning.choose = spy
+        seen: list[References | None] = []
         prompt = [5 + i % 50 for i in range(200)]
-        output = greedy(llm, [prompt], 3)[0]
+        with references_seen(proposer.planning, seen.append):
+            output = greedy(llm, [prompt], 3)[0]
         count = proposer.config.reference_tokens * proposer.config.reference_rows
-        (found,) = seen
+        found = seen[-1]
         assert found.tokens.tolist() == (prompt + output)[203 - count : 203]
         assert found.starts.tolist() == [203 - count] == [found.max_start]
         assert found.positions.tolist() == list(range(203 - count, 203))
