@@ -4,19 +4,20 @@
 The KV cache is allocated and still empty, so any block may be used: rows get block tables spread
 over the cache, and what the measurements write is never visible to a request. Draft forwards are
 timed as they will run, through the drafter: replayed where they are captured, else Python and
-metadata included. The target is called as vLLM calls it.
+metadata included. The target is called as vLLM calls it; on a GPU that is launch by launch, as
+vLLM's graphs read buffers of its runner. What replaying them saves a step, rounds teach.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 
 from knapspec_vllm.calibration.budget import Budget
+from knapspec_vllm.calibration.cells import Cell, cells_of
 from knapspec_vllm.draft.attention import AttentionPath
 from knapspec_vllm.draft.branches import VllmBranches
 from knapspec_vllm.draft.drafter import Drafter
@@ -33,17 +34,6 @@ logger = logging.getLogger("vllm.knapspec")
 
 #: Timed repetitions of a cell after one warm-up; the model fit takes the median.
 _REPEATS = 3
-_SHORT_CONTEXT = 192
-_LONG_CONTEXT = 4096
-_MAX_ROWS = 32
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One batch shape: rows, and each row's context length in tokens."""
-
-    rows: int
-    context: int
 
 
 def measure(
@@ -58,7 +48,7 @@ def measure(
     The first cell is always measured, because nothing can be priced without it, but once half the
     budget is gone each of its shapes is timed only once. Ends as well where memory does.
     """
-    cells = list(_cells(engine, num_speculative_tokens, max_rows))
+    cells = list(cells_of(engine, num_speculative_tokens, max_rows))
     samples: list[CostSample] = []
     for done, cell in enumerate(cells):
         if not budget.allows(done):
@@ -88,7 +78,7 @@ def warm_up(engine: Engine, drafter: Drafter, max_rows: int) -> None:
     The first of a shape takes several times as long (libraries prepare their kernels), and a server
     that starts from stored curves would count that against drafting.
     """
-    cells = list(_cells(engine, 1, max_rows))
+    cells = list(cells_of(engine, 1, max_rows))
     for cell in {cells[0], cells[-1]}:
         rows = _fake_rows(engine, cell, 1)
         for plan in uniform_plans(engine.view.num_layers).values():
@@ -105,7 +95,7 @@ def warm_up_solver(
     Triton compiles a kernel when it is first launched: without this the first solve of a server
     held its requests for 12 s (H200, 8B).
     """
-    cells = list(_cells(engine, 1, most_rows))
+    cells = list(cells_of(engine, 1, most_rows))
     most_rows = max(cell.rows for cell in cells)
     for cell in (cell for cell in cells if cell.rows in (1, most_rows)):
         rows = _fake_rows(engine, cell, 1)
@@ -133,7 +123,11 @@ def faster_attention(engine: Engine, drafter: Drafter, max_rows: int) -> Attenti
     """
     if engine.device.type == "cpu" or not engine.paged_kv:
         return "backend"
-    cell = list(_cells(engine, 1, min(max_rows, 8)))[-1]
+    if any(group.backend.get_name() == "FLASHINFER" for group in engine.attention_groups):
+        # Its builder keeps one plan of what to read: FULL layers of a draft that has WINDOW ones
+        # would read the window. And it waits for the device at every token.
+        return "kernel"
+    cell = list(cells_of(engine, 1, min(max_rows, 8)))[-1]
     rows = _fake_rows(engine, cell, 1)
     plans = uniform_plans(engine.view.num_layers)
     paths: tuple[AttentionPath, ...] = ("backend", "kernel")
@@ -165,22 +159,6 @@ def uniform_plans(num_layers: int) -> dict[str, Plan]:
         "draft_no_mlp": plan(Mode.FULL, Mode.SKIP),
         "draft_empty": plan(Mode.SKIP, Mode.SKIP),
     }
-
-
-def _cells(engine: Engine, num_speculative_tokens: int, max_rows: int) -> Iterator[Cell]:
-    """Corners first, then the rows between them."""
-    room = engine.max_model_len - num_speculative_tokens - 2
-    cache_tokens = (engine.num_blocks - 1) * engine.block_size
-    contexts = sorted({min(_SHORT_CONTEXT, room), min(_LONG_CONTEXT, room)})
-    rows = [1]
-    while rows[-1] * 2 <= min(max_rows, _MAX_ROWS):
-        rows.append(rows[-1] * 2)
-    # 1, 4, 2, 8, 16, 32: a batch of four tells more about the slope than a batch of two.
-    rows.sort(key=lambda n: (n > 4, n != 1, n != 4, n))
-    for count in rows:
-        for context in contexts:
-            if count * (context + num_speculative_tokens + 2) <= cache_tokens:
-                yield Cell(count, context)
 
 
 @torch.inference_mode()

@@ -6,11 +6,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 
 import torch
 
+from knapspec_vllm import ops
 from knapspec_vllm.calibration.budget import Budget
+from knapspec_vllm.calibration.cells import measured_rows
 from knapspec_vllm.calibration.profiler import faster_attention, measure, warm_up, warm_up_solver
+from knapspec_vllm.calibration.steadiness import MOST_UNSTEADY, unsteadiness
 from knapspec_vllm.calibration.store import (
     Calibration,
     CalibrationStore,
@@ -23,7 +27,7 @@ from knapspec_vllm.draft.graphs import CudaCapture
 from knapspec_vllm.draft.memory import added_bytes
 from knapspec_vllm.draft.proposer import KnapSpecProposer
 from knapspec_vllm.draft.solve_graphs import Shape, SolveGraphs
-from knapspec_vllm.planner.costs import CostModel
+from knapspec_vllm.planner.costs import CostModel, CostSample
 from knapspec_vllm.planner.solver import SolverSettings
 from knapspec_vllm.planner.types import Frontier
 
@@ -48,31 +52,34 @@ def calibrate(proposer: KnapSpecProposer) -> None:
                 "draft_attention": config.draft_attention,
                 "draft_graphs": proposer.drafter.graphs is not None,
             },
+            {
+                "attention": sorted({g.backend.get_name() for g in engine.attention_groups}),
+                "rows": measured_rows(
+                    engine.vllm_config.scheduler_config.max_num_seqs, engine.device
+                )[-1],
+            },
         ),
     )
-    found, source = None, "stored"
+    found, source, disturbed = None, "stored", None
     if config.draft_length != 0 and config.calibration != "force" and agreement.leads:
         found = store.load()
     found = agreement.share(found)
     if found is not None:
         logger.info("KnapSpec uses the calibration stored in %s", store.path)
     elif config.calibration != "off" and not leaves_no_choice(config.plan, config.draft_length):
-        found, source = _measure(proposer), "measured"
+        (found, disturbed), source = _measure(proposer), "measured"
         if agreement.leads:
-            store.save(found)
-            logger.info("KnapSpec stored its calibration in %s", store.path)
+            _store(store, found, disturbed)
 
     def keep(frontier: Frontier) -> None:
-        if found is not None:
+        if found is not None and disturbed is None:
             store.save(dataclasses.replace(found, frontier=frontier))
 
     costs, frontier = None, None
     if found is not None:
         costs, frontier = found.costs, found.frontier
-        proposer.drafter.attention_path = found.attention_path
         if source == "stored":
-            max_rows = engine.vllm_config.scheduler_config.max_num_seqs
-            warm_up(engine, proposer.drafter, max_rows)
+            _take_over(proposer, found)
     solver = None
     if costs is not None and engine.device.type != "cpu":
         solver = _prepared_solver(proposer)
@@ -85,11 +92,21 @@ def calibrate(proposer: KnapSpecProposer) -> None:
         "hardware": hardware_name(),
         "measured_at": None if found is None else found.measured_at,
         "path": str(store.path),
+        "disturbed": disturbed,
     }
     proposer.memory_bytes = added_bytes(engine, config, proposer.num_speculative_tokens)
     proposer.use(costs, frontier, keep)
     assert proposer.planning is not None
     proposer.planning.solving.graphs = solver
+
+
+def _take_over(proposer: KnapSpecProposer, found: Calibration) -> None:
+    """Draft as when the curves were measured."""
+    engine = proposer.engine
+    assert engine is not None
+    if engine.paged_kv:  # else our kernel cannot read the cache
+        proposer.drafter.attention_path = found.attention_path
+    warm_up(engine, proposer.drafter, engine.vllm_config.scheduler_config.max_num_seqs)
 
 
 def _prepared_solver(proposer: KnapSpecProposer) -> SolveGraphs | None:
@@ -113,7 +130,7 @@ def _prepared_solver(proposer: KnapSpecProposer) -> SolveGraphs | None:
                     for windows in {False, config.windows}
                 ]
             )
-    except RuntimeError as error:
+    except ops.launch_errors() as error:
         if not proposer.agreement.alone:  # the other ranks wait in a collective of the solve
             raise
         logger.warning(
@@ -132,7 +149,18 @@ def _prepared_solver(proposer: KnapSpecProposer) -> SolveGraphs | None:
     return graphs
 
 
-def _measure(proposer: KnapSpecProposer) -> Calibration:
+def _store(store: CalibrationStore, found: Calibration, disturbed: str | None) -> None:
+    if disturbed is not None:
+        logger.warning(
+            "KnapSpec does not store its calibration, the next start measures anew: %s", disturbed
+        )
+        return
+    store.save(found)
+    logger.info("KnapSpec stored its calibration in %s", store.path)
+
+
+def _measure(proposer: KnapSpecProposer) -> tuple[Calibration, str | None]:
+    """And why it is not to be kept, if it is not."""
     engine = proposer.engine
     assert engine is not None
     start = time.perf_counter()
@@ -152,4 +180,15 @@ def _measure(proposer: KnapSpecProposer) -> Calibration:
         "KnapSpec measured %d cost samples in %.1f s", len(samples), time.perf_counter() - start
     )
     found = Calibration(model, None, proposer.drafter.attention_path, measured_at=time.time())
-    return proposer.agreement.share(found)
+    return proposer.agreement.share((found, _disturbed(samples)))
+
+
+def _disturbed(samples: Sequence[CostSample]) -> str | None:
+    """What rounds show will correct such curves; a later start may find the machine at rest."""
+    factor = unsteadiness(samples)
+    if factor is None or factor <= MOST_UNSTEADY:
+        return None
+    return (
+        f"the machine was busy with something else while it measured, what it timed took "
+        f"{factor:.1f} times as long as at its fastest"
+    )

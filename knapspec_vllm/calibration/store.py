@@ -115,10 +115,16 @@ def store_directory(configured: str | None) -> Path:
     return compat.cache_root() / "knapspec"
 
 
-def fingerprint(vllm_config: Any, num_speculative_tokens: int, settings: dict[str, Any]) -> dict:
+def fingerprint(
+    vllm_config: Any,
+    num_speculative_tokens: int,
+    settings: dict[str, Any],
+    engine: dict[str, Any],
+) -> dict[str, Any]:
     """Everything that cost curves depend on, JSON-ready.
 
-    settings: the KnapSpec settings that change what is measured.
+    settings: the KnapSpec settings that change what is measured. engine: what vLLM decided when it
+    started that does.
     """
     model = vllm_config.model_config
     parallel = vllm_config.parallel_config
@@ -131,6 +137,8 @@ def fingerprint(vllm_config: Any, num_speculative_tokens: int, settings: dict[st
         "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
         "tensor_parallel": int(parallel.tensor_parallel_size),
         "eager": bool(model.enforce_eager),
+        "cudagraph_mode": str(vllm_config.compilation_config.cudagraph_mode),
+        "engine": engine,
         "max_model_len": int(model.max_model_len),
         "num_speculative_tokens": num_speculative_tokens,
         "settings": settings,

@@ -24,8 +24,9 @@ DESCRIPTION = """\
 Starts the model as a server would, measures its cost curves, solves for plans on text, and stores
 both. A server with the same model, options, hardware and versions then starts with them and says
 "KnapSpec uses the calibration stored in ...". Give it the options of that server: what differs
-(--max-model-len, --tensor-parallel-size, --dtype, num_speculative_tokens, ...) is measured anew.
---max-num-seqs is not told apart, but bounds the batches that are measured.
+(--max-model-len, --max-num-seqs below 32, --tensor-parallel-size, --dtype,
+num_speculative_tokens, ...) is measured anew.
+Nothing is stored of a machine that was busy with something else.
 Exit status: 0 stored, 1 failed, 2 wrong arguments."""
 EXAMPLES = """\
 examples:
@@ -201,13 +202,17 @@ def calibrate(
         llm.llm_engine.engine_core.shutdown()
     if found is None:
         raise RuntimeError("the engine measured nothing: see its log above")
+    calibration = found["calibration"]
+    if calibration["disturbed"] is not None:
+        raise RuntimeError(
+            f"nothing was stored: {calibration['disturbed']}; run it again when the machine is idle"
+        )
     if found["frontier"] is None and options["speculative_config"].get("plan", "auto") == "auto":
         raise RuntimeError(
             f"no plans were found on {context} tokens of context, too few: write a larger --context"
         )
     costs = CostModel.from_json(found["costs"])
     frontier = None if found["frontier"] is None else Frontier.from_json(found["frontier"])
-    calibration = found["calibration"]
     return Report(
         hardware=calibration["hardware"],
         path=calibration["path"],

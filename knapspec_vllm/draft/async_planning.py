@@ -138,10 +138,10 @@ class AsyncPlanning:
     def _decision(self, rows: list[tuple[Any, int]], started: float) -> Decision:
         """rows: requests, and up to where their step computes them at most."""
         proposer = self._proposer
-        planning, stats = proposer.planning, proposer.stats
+        planning, stats, engine = proposer.planning, proposer.stats, proposer.engine
         assert planning is not None
-        assert proposer.engine is not None
-        most, engine = proposer.num_speculative_tokens, proposer.engine
+        assert engine is not None
+        most = min(proposer.num_speculative_tokens, engine.most_drafts(len(rows)))
         limits, opted_out = [], 0
         for request, computed in rows:
             asked = admitted_limit(getattr(request.sampling_params, "extra_args", None))

@@ -39,7 +39,7 @@ class CacheLayout:
         self.block_size = block_size
         self.num_heads = layer.num_kv_heads
         self.head_dim = layer.head_size
-        self._fp8 = _fp8_dtype(layer)
+        self.fp8 = _fp8_dtype(layer)
         impl = layer.impl
         if (
             not hasattr(impl, "do_kv_cache_update")
@@ -61,13 +61,13 @@ class CacheLayout:
         span = 1 + sum((n - 1) * s for n, s in zip(cache.shape, cache.stride(), strict=True))
         flat = cache.as_strided((span,), (1,))
         return ops.PagedKV(
-            cache=flat if self._fp8 is None else flat.view(self._fp8),
+            cache=flat if self.fp8 is None else flat.view(self.fp8),
             block_stride=cache.stride(self._block_axis),
             block_size=self.block_size,
             key=self._key,
             value=self._value,
-            key_scale=1.0 if self._fp8 is None else float(layer._k_scale_float),
-            value_scale=1.0 if self._fp8 is None else float(layer._v_scale_float),
+            key_scale=1.0 if self.fp8 is None else float(layer._k_scale_float),
+            value_scale=1.0 if self.fp8 is None else float(layer._v_scale_float),
         )
 
     def _in_memory(self, cache: torch.Tensor, logical: torch.Tensor) -> torch.Tensor:
@@ -100,7 +100,7 @@ class CacheLayout:
             scratch.zero_()
             self._write(layer, digits, scratch, slots)
             seen = self._blocks_first(scratch)[1]
-            seen = (seen.view(self._fp8) if self._fp8 is not None else seen).float().round().long()
+            seen = (seen.view(self.fp8) if self.fp8 is not None else seen).float().round().long()
             written &= seen > 0
             found += (seen - 1) * place
             rest, place = rest // _BASE, place * _BASE
@@ -116,9 +116,9 @@ class CacheLayout:
     def _write(
         self, layer: Any, digits: torch.Tensor, scratch: torch.Tensor, slots: torch.Tensor
     ) -> None:
-        dtype = torch.bfloat16 if self._fp8 is not None else scratch.dtype
+        dtype = torch.bfloat16 if self.fp8 is not None else scratch.dtype
         key, value = digits.to(dtype)
-        if self._fp8 is not None:  # the writer divides by the scales; store plain digits
+        if self.fp8 is not None:  # the writer divides by the scales; store plain digits
             key, value = key * layer._k_scale_float, value * layer._v_scale_float
         layer.impl.do_kv_cache_update(layer, key, value, scratch, slots)
 
@@ -171,11 +171,23 @@ def _block_axis(cache: torch.Tensor, block_size: int, elements_per_token: int) -
     )
 
 
+def _check_kernels_read(layout: CacheLayout, device: torch.device) -> None:
+    if (
+        layout.fp8 == torch.float8_e4m3fn
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) < (8, 9)
+    ):
+        raise UnknownCacheLayoutError(
+            "Triton reads fp8 e4m3 from compute capability 8.9 on; fp8_e5m2 and auto are read here"
+        )
+
+
 def bind_layers(layers: list[Any], block_size: int) -> tuple[ops.PagedKV, ...]:
     """K and V of every layer; empty, with a warning, where the cache cannot be read."""
     try:
         # One probe serves all layers: they share backend, shape and dtype (one KV cache group).
         layout = CacheLayout(layers[0], block_size)
+        _check_kernels_read(layout, layers[0].kv_cache.device)
     except UnknownCacheLayoutError as error:
         logger.warning(
             "KnapSpec cannot solve for plans on this attention backend (%s); it will use stored "

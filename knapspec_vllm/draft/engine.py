@@ -39,6 +39,13 @@ class Engine:
     def dtype(self) -> torch.dtype:
         return self.vllm_config.model_config.dtype
 
+    def most_drafts(self, rows: int) -> int:
+        """Drafted tokens of each of `rows` rows that a step has room to verify. vLLM spends a
+        step's budget row by row: of more, the last rows would stand still until others end."""
+        scheduler = self.vllm_config.scheduler_config
+        budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+        return max(0, budget // rows - 1)
+
     def synchronize(self) -> None:
         """Wait for the device; a no-op on a CPU."""
         if self.device.type != "cpu":

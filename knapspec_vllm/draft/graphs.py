@@ -200,7 +200,7 @@ class StepGraphs:
         free = _free_bytes(self._engine.device)
         try:
             captured = self._captured(plan, rows)
-        except RuntimeError as error:
+        except ops.launch_errors() as error:
             self._note_failure(error)
             return None
         self.memory_bytes += max(0, free - _free_bytes(self._engine.device))
@@ -209,7 +209,7 @@ class StepGraphs:
         self._results["captured"] += 1
         return captured
 
-    def _note_failure(self, error: RuntimeError) -> None:
+    def _note_failure(self, error: Exception) -> None:
         self._results["failed"] += 1
         if isinstance(error, torch.OutOfMemoryError) and self._steps:
             self._most = len(self._steps)

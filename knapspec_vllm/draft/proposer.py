@@ -159,7 +159,10 @@ class KnapSpecProposer:
         assert self.engine is not None
         self._learn(runner, scheduler_output, sampled_token_ids)
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        steady = all(sampled_token_ids) and self._clock.running
+        scheduled = scheduler_output.total_num_scheduled_tokens
+        # A token a row: what ends a prompt's last chunk is none of plain decoding.
+        alone = all(sampled_token_ids) and scheduled == len(sampled_token_ids)
+        steady = alone and self._clock.running
         if self.planning.rests(runner.input_batch.req_ids, steady):
             self._clock.rested()
             return drafts
@@ -167,7 +170,6 @@ class KnapSpecProposer:
         if len(rows) == 0:
             self._clock.stop()
             return drafts
-        scheduled = scheduler_output.total_num_scheduled_tokens
         self._clock.verified(self.planning, rows, scheduled, sampled_token_ids)
         table = common_attn_metadata.block_table_tensor
         batch = Batch(len(rows), rows.context_tokens, rows.room)
@@ -260,6 +262,7 @@ class KnapSpecProposer:
         index = [i for i, sampled in enumerate(sampled_token_ids) if sampled]
         most = getattr(scheduler_output, "num_spec_tokens_to_schedule", None)
         most = self.num_speculative_tokens if most is None else int(most)
+        most = min(most, self.engine.most_drafts(max(1, len(index))))
         positions = [int(state.num_tokens_no_spec[i]) - 1 for i in index]
         blocks = state.block_table[0].num_blocks_per_row
         limits, opted_out = [], 0

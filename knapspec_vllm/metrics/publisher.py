@@ -27,6 +27,9 @@ logger = logging.getLogger("vllm.knapspec")
 
 INTERVAL_SECONDS = 1.0
 RECENT_SECONDS = 60.0
+TOUCH_SECONDS = 3600.0
+"""A file in /tmp that nothing has changed for ten days is removed on many machines, and so is its
+folder; of a server without traffic nothing changes."""
 PREFIX = "engine-"
 _numbers = itertools.count()
 
@@ -48,19 +51,38 @@ class FileSink:
         # Engines of one process, one after the other, must not remove each other's.
         self.path = folder / f"{PREFIX}{engine}-{os.getpid()}-{next(_numbers)}.json"
         self._last = ""
+        self._touched = time.monotonic()
+        self._failed = False
+        """Writing has failed once, and was logged."""
 
     def put(self, labels: Mapping[str, str], state: Mapping[str, Any]) -> None:
         text = json.dumps({"labels": labels, "state": state})
-        if text == self._last:
+        if text == self._last and self._keep():
             return
         temporary = self.path.with_suffix(".tmp")
         try:
             temporary.write_text(text)
             os.replace(temporary, self.path)
             self._last = text
-        except OSError:  # the run folder went with its server, or the disk is full
+        except OSError as error:  # the run folder went with its server, or the disk is full
+            if not self._failed:
+                logger.warning("KnapSpec could not write its metrics to %s: %s", self.path, error)
+            self._failed = True
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+    def _keep(self) -> bool:
+        """Whether the file is there still, which is looked at once in TOUCH_SECONDS. It does not
+        become newer: another engine's of the same number may have taken its place."""
+        if time.monotonic() - self._touched < TOUCH_SECONDS:
+            return True
+        self._touched = time.monotonic()
+        try:
+            os.utime(self.path, (time.time(), self.path.stat().st_mtime))
+            os.utime(self.path.parent)
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

@@ -12,7 +12,7 @@ from knapspec_vllm.kernels.draft_state import DraftState
 from knapspec_vllm.kernels.paged_kv import Addresses, PagedKV
 from knapspec_vllm.kernels.relaxed import Relaxed
 from knapspec_vllm.ops.attention import branch_attention, paged_decode_attention
-from knapspec_vllm.ops.dispatch import launches, to_device, uses_triton
+from knapspec_vllm.ops.dispatch import launch_errors, launches, to_device, uses_triton
 from knapspec_vllm.ops.drafting import (
     draft_advance,
     draft_start,
@@ -36,6 +36,7 @@ __all__ = [
     "gather_branches",
     "greedy_confidence",
     "greedy_partials",
+    "launch_errors",
     "launches",
     "merge_greedy",
     "paged_decode_attention",

@@ -32,6 +32,18 @@ def run(op: str, tensor: torch.Tensor, *args: Any, name: str | None = None, **kw
     return _function(op, kind, name or op)(*args, **kwargs)
 
 
+@functools.cache
+def launch_errors() -> tuple[type[Exception], ...]:
+    """What a kernel raises that cannot be compiled, launched or captured here; Triton's own are no
+    RuntimeError."""
+    try:
+        from triton.compiler.errors import CompilationError
+        from triton.runtime.errors import OutOfResources, PTXASError
+    except ImportError:
+        return (RuntimeError,)
+    return RuntimeError, CompilationError, OutOfResources, PTXASError
+
+
 def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raises ValueError naming the argument unless it has this shape."""
     if tuple(tensor.shape) != shape:

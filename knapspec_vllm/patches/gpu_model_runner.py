@@ -24,6 +24,7 @@ def install() -> None:
         ("fits_in_drafter", _make_fits),
         ("async_sampled", _make_states),
         ("plain_metadata", _make_metadata),
+        ("decode_graphs", _make_graphs),
     ):
         patch = by_name(name)
         owner, attribute = compat.resolve(patch.target)
@@ -108,6 +109,17 @@ def _numbers(rows: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """int32 on the device: nothing, zeros, 0 to rows - 1, and 1 to rows. Only read."""
     rising = torch.arange(rows, dtype=torch.int32, device=device)
     return rising[:0], torch.zeros_like(rising), rising, rising + 1
+
+
+def _make_graphs(original: Any) -> Any:
+    @functools.wraps(original)
+    def _check_and_update_cudagraph_mode(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if drafter_of(self) is not None:
+            for holder in (self, self.cudagraph_dispatcher):
+                holder.uniform_decode_query_len = 1
+        return original(self, *args, **kwargs)
+
+    return _check_and_update_cudagraph_mode
 
 
 def _make_states(original: Any) -> Any:

@@ -183,6 +183,18 @@ PATCHES: tuple[Patch, ...] = (
         remove_when="vLLM makes no SpecDecodeMetadata for steps without drafts.",
     ),
     Patch(
+        name="decode_graphs",
+        seam=Seam(
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner._check_and_update_cudagraph_mode"
+        ),
+        what="Has CUDA graphs of whole decode steps captured for one token a row, as without "
+        "speculation.",
+        why="vLLM captures them for num_speculative_tokens + 1 tokens a row and pads all others to "
+        "multiples of that: a declined step never replayed one, and one row took nine's time.",
+        upstream="vllm-project/vllm#28207 (capture sizes of decode and mixed steps)",
+        remove_when="vLLM captures whole decode steps of one token a row beside speculation.",
+    ),
+    Patch(
         name="calibrate_gpu",
         seam=Seam("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model"),
         what="After warm-up: attach the proposer to its runner and calibrate.",

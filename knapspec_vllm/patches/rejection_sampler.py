@@ -29,6 +29,10 @@ def _make_forward(original: Any) -> Any:
         # Host numbers. The logits are then one row a request, in their order.
         if any(metadata.num_draft_tokens):
             return original(self, metadata, draft_probs, logits, sampling_metadata)
-        return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
+        # As the original samples behind a row's drafts. Otherwise a thinking budget counts rows by
+        # drafts, and forces the end of thinking into row 0, whoever has used his up.
+        return self.sampler(
+            logits=logits, sampling_metadata=sampling_metadata, predict_bonus_token=True
+        )
 
     return forward

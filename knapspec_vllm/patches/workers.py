@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from knapspec_vllm.metrics import ray_sink, run_folder
@@ -37,7 +39,7 @@ def _make_warm_up(original: Any) -> Any:
         if drafter is not None:
             from knapspec_vllm.calibration.startup import calibrate
 
-            with _random_state_kept(runner):
+            with _random_state_kept(runner), _compiling_expected():
                 drafter.attach(runner)
                 calibrate(drafter)
             if drafter.asynchronous is not None:
@@ -67,6 +69,22 @@ def _publish(drafter: Any, vllm_config: Any) -> None:
     names = model.served_model_name
     name = names if isinstance(names, str) else (names or [model.model])[0]
     Publisher(sinks, engine, name, read).start()
+
+
+@contextmanager
+def _compiling_expected() -> Iterator[None]:
+    """This, too, is warming up: vLLM's monitor of kernels that are compiled while it serves is on
+    already, and may be set to raise."""
+    try:
+        from triton import knobs
+    except ImportError:
+        yield
+        return
+    hook, knobs.runtime.jit_post_compile_hook = knobs.runtime.jit_post_compile_hook, None
+    try:
+        yield
+    finally:
+        knobs.runtime.jit_post_compile_hook = hook
 
 
 def _random_state_kept(runner: Any) -> Any:

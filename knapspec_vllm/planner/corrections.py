@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -228,6 +228,9 @@ class Corrections:
 
     def _drop(self, kind: Kind) -> None:
         del self._kinds[kind]
+        for part in get_args(Part):  # when it comes back, it is measured as a new one
+            self._counts.pop((part, kind), None)
+            self._doubts.pop((part, kind), None)
         gone = [place for (_, other), place in self._places.items() if other == kind]
         kept = [state for state, place in self._places.items() if place not in gone]
         self._mean = np.delete(self._mean, gone)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from engines import engine, greedy, proposer_of, text_prompts
 
-from knapspec_vllm.calibration import startup
+from knapspec_vllm.bench.checkpoints import random_checkpoint
+from knapspec_vllm.calibration import profiler, startup
 from knapspec_vllm.commands.fleet import merge, node_kinds
 from knapspec_vllm.hardware import cpu_name
 from knapspec_vllm.planner.costs import CostModel
@@ -84,6 +85,38 @@ def test_an_engine_uses_it(
         greedy(llm, text_prompts(smollm2_path, (40,)), 8)
         assert proposer.stats.solves == 0
     assert json.loads(before)["costs"] == json.loads(Path(report["path"]).read_text())["costs"]
+
+
+def test_curves_of_a_busy_machine_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_checkpoint("LlamaForCausalLM")
+    knapspec = {"calibration": "auto", "store_dir": str(tmp_path)}
+    settings = {"max_model_len": 512, "max_num_seqs": 2, "skip_tokenizer_init": True}
+    said: list[str] = []
+    monkeypatch.setattr(startup.logger, "warning", lambda text, *more: said.append(text % more))
+    timed = profiler._time
+
+    def busy(*arguments) -> list[float]:
+        fastest = min(timed(*arguments))
+        return [fastest, 3.0 * fastest, 4.0 * fastest]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(profiler, "_time", busy)
+        with engine(model, knapspec, **settings) as llm:
+            proposer = proposer_of(llm)
+            assert proposer.calibration["source"] == "measured"
+            assert "3.0 times as long" in proposer.calibration["disturbed"]
+            greedy(llm, [[5 + i % 50 for i in range(100)]], 8)
+            assert proposer.stats.solves == 1  # it plans all the same
+    assert not list(tmp_path.iterdir())
+    assert any("does not store its calibration" in line for line in said)
+    with engine(model, knapspec, **settings) as llm:
+        assert proposer_of(llm).calibration["disturbed"] is None
+    assert len(list(tmp_path.iterdir())) == 1
+    # Curves of two rows say nothing of batches of eight.
+    with engine(model, knapspec, **{**settings, "max_num_seqs": 8}) as llm:
+        assert proposer_of(llm).calibration["source"] == "measured"
 
 
 def test_over_a_ray_cluster(smollm2_path: Path, tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
-from engines import engine, proposer_of
+from engines import engine, proposer_of, text_prompts
 
 from knapspec_vllm.bench.checkpoints import random_checkpoint
 
@@ -77,6 +78,34 @@ def test_declined_steps_sample_as_plain_vllm(monkeypatch) -> None:
         assert len(logprobs) == len(want) == 12
         for step, want_step in zip(logprobs, want, strict=True):
             assert step == pytest.approx(want_step, abs=1e-5)
+
+
+def test_a_thinking_budget_ends_its_own_row(smollm2_path: Path) -> None:
+    """And no other row of a step without drafts."""
+    from vllm import SamplingParams
+    from vllm.config.reasoning import ReasoningConfig
+
+    begins, ends = 14, 16  # <jupyter_output> and <empty_output>, which this model never writes
+    prompts = [
+        {"prompt_token_ids": [begins, *prompt]} for prompt in text_prompts(smollm2_path, (20,) * 3)
+    ]
+    greedy = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    params = [
+        SamplingParams(**greedy, **({"thinking_token_budget": budget} if budget else {}))
+        for budget in (None, 26, 23)  # the prompt's tokens count
+    ]
+    answers = []
+    for settings in (None, {"draft_length": 0}):
+        config = ReasoningConfig(
+            reasoning_start_str="<jupyter_output>", reasoning_end_str="<empty_output>"
+        )
+        options = {"max_model_len": 64, "max_num_seqs": 4, "reasoning_config": config}
+        with engine(smollm2_path, settings, **options) as llm:
+            found = llm.generate(prompts, params, use_tqdm=False)
+        answers.append([list(output.outputs[0].token_ids) for output in found])
+    plain, declined = answers
+    assert [ends in answer for answer in plain] == [False, True, True]
+    assert declined == plain
 
 
 def test_drafted_steps_still_reject() -> None:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from knapspec_vllm import ops
 from knapspec_vllm.draft.engine import Engine
@@ -195,9 +196,17 @@ def test_a_round_drafts_for_its_rows_and_nothing_else():
     assert captured.state.slots.tolist() == [3 * 4 + 1, 12 * 4 + 2, 24 * 4, -1]
 
 
-def test_a_capture_that_fails_ends_capturing_and_says_so(caplog):
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RuntimeError("operation not permitted when stream is capturing"), "not permitted"),
+        # Triton's errors are no RuntimeErrors.
+        (OutOfResources(300_000, 230_000, "shared memory"), "out of resource: shared memory"),
+    ],
+)
+def test_a_capture_that_fails_ends_capturing_and_says_so(caplog, error, text):
     def fails(step: Step) -> Step:
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise error
 
     pool, _, results = make_pool(fails)
     assert pool.find(PLANS[0], 1) is None
@@ -207,7 +216,7 @@ def test_a_capture_that_fails_ends_capturing_and_says_so(caplog):
     assert pool.made(PLANS[1], 1) is None
     assert results == {"miss": 2, "failed": 1}
     assert '"draft_graphs": 0' in caplog.text
-    assert "operation not permitted" in caplog.text
+    assert text in caplog.text
 
 
 def test_who_gets_no_graphs(monkeypatch):

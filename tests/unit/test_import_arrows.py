@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "planner": {"ops"},
     "models": set(),
     "draft": {"planner", "models", "ops"},
-    "calibration": {"draft", "planner"},
+    "calibration": {"draft", "planner", "ops"},
     "refusals": {"planner", "models"},  # reads configs by attribute, knows no vLLM
     # The hook after warm-up is where a worker's engine meets its calibration.
     "patches": {"refusals", "calibration"},

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from knapspec_vllm.metrics import exposition, ray_sink
 from knapspec_vllm.metrics.families import FAMILIES
 from knapspec_vllm.metrics.histogram import Histogram
-from knapspec_vllm.metrics.publisher import FileSink, Publisher
+from knapspec_vllm.metrics.publisher import TOUCH_SECONDS, FileSink, Publisher, logger
 from knapspec_vllm.metrics.stats import Stats, context_bucket
 
 
@@ -186,6 +187,45 @@ def test_the_file_goes_with_its_engine(tmp_path: Path) -> None:
     assert sink.path.exists()
     assert not publisher.write()
     assert not sink.path.exists()
+
+
+def test_the_file_of_an_idle_server_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What nothing changes is swept out of /tmp after days, by the youngest of its three times."""
+    clock, folder = [100.0], tmp_path / "run"
+    folder.mkdir()
+    monkeypatch.setattr("knapspec_vllm.metrics.publisher.time.monotonic", lambda: clock[0])
+    sink = FileSink(folder, 0)
+
+    def put() -> None:
+        sink.put({"engine": "0"}, {})
+
+    put()
+    for path in (sink.path, folder):
+        os.utime(path, (1, 1))
+    put()
+    assert sink.path.stat().st_atime == folder.stat().st_mtime == 1
+    clock[0] += TOUCH_SECONDS
+    put()
+    assert min(sink.path.stat().st_atime, folder.stat().st_mtime) > 1e9
+    assert sink.path.stat().st_mtime == 1  # no newer than a younger engine's
+    sink.path.unlink()  # swept all the same
+    put()
+    assert not sink.path.exists()
+    clock[0] += TOUCH_SECONDS
+    put()
+    assert sink.path.exists()
+    shutil.rmtree(folder)
+    said: list[str] = []
+    monkeypatch.setattr(logger, "warning", lambda text, *more: said.append(text % more))
+    for _ in range(3):
+        clock[0] += TOUCH_SECONDS
+        put()
+    assert said == [
+        f"KnapSpec could not write its metrics to {sink.path}: "
+        f"[Errno 2] No such file or directory: '{sink.path.with_suffix('.tmp')}'"
+    ]
 
 
 def test_a_newer_engine_takes_the_place_of_an_older(tmp_path: Path) -> None:

@@ -386,6 +386,67 @@ def test_the_proposer_gets_the_runner_and_all_arguments(model: str) -> None:
     assert drafter.calls[1] == drafter.calls[0]
 
 
+@pytest.mark.parametrize("selected", [True, False])
+def test_whole_decode_steps_are_captured_for_a_token_a_row(model: str, selected: bool) -> None:
+    from vllm.config import CUDAGraphMode
+    from vllm.config.compilation import CompilationMode
+    from vllm.v1.attention.backend import AttentionCGSupport
+    from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    register()
+    patches.install_in_worker(WorkerBase)
+    config = build(model, speculative_config={"method": "knapspec", "num_speculative_tokens": 8})
+    compilation = config.compilation_config
+    compilation.mode = CompilationMode.VLLM_COMPILE
+    compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    compilation.cudagraph_capture_sizes = [1, 2, 4, 8, 16, 24, 32]
+    compilation.max_cudagraph_capture_size = 32
+    compilation.splitting_ops = None  # as on a GPU
+    compilation.set_splitting_ops_for_v1("none")
+    dispatcher = CudagraphDispatcher(config)
+    runner: Any = SimpleNamespace(
+        drafter=Recorder() if selected else object(),
+        uniform_decode_query_len=9,  # as vLLM sets it
+        cudagraph_dispatcher=dispatcher,
+        vllm_config=config,
+        compilation_config=compilation,
+        speculative_config=config.speculative_config,
+        parallel_config=config.parallel_config,
+        kv_cache_config=None,
+        max_num_reqs=16,
+    )
+
+    class Builder:
+        @staticmethod
+        def get_cudagraph_support(*_: Any) -> AttentionCGSupport:
+            return AttentionCGSupport.UNIFORM_BATCH
+
+    backend = type("Backend", (), {"get_builder_cls": staticmethod(lambda: Builder)})
+    group = SimpleNamespace(kv_cache_spec=None)
+    GPUModelRunner._check_and_update_cudagraph_mode(runner, [{backend}], [group])
+
+    def step(rows: int, tokens_per_row: int) -> tuple[str, int]:
+        """Graphs, and how many tokens are computed."""
+        tokens = rows * tokens_per_row
+        uniform = GPUModelRunner._is_uniform_decode(
+            tokens_per_row, runner.uniform_decode_query_len, tokens, rows
+        )
+        mode, batch = dispatcher.dispatch(tokens, uniform_decode=uniform)
+        return mode.name, batch.num_tokens
+
+    if selected:
+        assert step(1, 1) == ("FULL", 1)
+        assert step(3, 1) == ("FULL", 4)
+        assert step(3, 5) == ("PIECEWISE", 16)
+        assert step(3, 9) == ("PIECEWISE", 32)
+    else:  # what it would be, and is for other methods
+        assert step(1, 1) == ("PIECEWISE", 9)
+        assert step(3, 1) == ("PIECEWISE", 9)
+        assert step(3, 9) == ("FULL", 27)
+
+
 def test_one_long_row_does_not_stop_the_others(model: str) -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.worker_base import WorkerBase
@@ -409,7 +470,11 @@ def test_calibration_follows_warm_up_and_keeps_the_seed(
 ) -> None:
     import torch
 
+    knobs = pytest.importorskip("triton").knobs
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", monitor := object())
+
     def calibrate(drafter: Recorder) -> None:
+        assert knobs.runtime.jit_post_compile_hook is None  # what compiles here is expected to
         torch.rand(3)
         drafter.calls.append(("calibrate", None))
 
@@ -439,6 +504,7 @@ def test_calibration_follows_warm_up_and_keeps_the_seed(
     torch.manual_seed(3)
     assert worker.compile_or_warm_up_model() == "times"
     assert drafter.calls == [("attach", worker.model_runner), ("calibrate", None)]
+    assert knobs.runtime.jit_post_compile_hook is monitor
     assert torch.equal(torch.rand(2), expected)
     assert CustomWorker(object()).compile_or_warm_up_model() == "times"
 

@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from knapspec_vllm.calibration import budget, profiler
+from knapspec_vllm.calibration.cells import measured_rows
+from knapspec_vllm.calibration.steadiness import unsteadiness
+from knapspec_vllm.planner.costs import CostSample
 
 
 @pytest.mark.parametrize(
@@ -40,6 +43,52 @@ def test_times_of_a_shape(
     assert not left
 
 
+@pytest.mark.parametrize(
+    ("shapes", "expected"),
+    [
+        ([[100.0, 100.0, 100.0]], 1.0),
+        # By the price, the median: one slow moment of three is none of it.
+        ([[100.0, 110.0, 900.0]], 1.1),
+        # Most shapes decide, however bad the others are.
+        ([[100.0, 105.0, 110.0], [100.0, 700.0, 900.0], [100.0, 102.0, 300.0]], 1.05),
+        ([[100.0, 150.0, 170.0], [40.0, 80.0, 90.0], [10.0, 10.0, 10.0]], 1.5),
+        # Timed once, in a hurry: nothing to be told.
+        ([[100.0], [300.0]], None),
+        ([[100.0], [10.0, 20.0, 20.0]], 2.0),
+    ],
+)
+def test_unsteadiness(shapes: list[list[float]], expected: float | None) -> None:
+    samples = [
+        CostSample("step", 1 + number, 1, 100, time_us)
+        for number, times in enumerate(shapes)
+        for time_us in times
+    ]
+    assert unsteadiness(samples) == (None if expected is None else pytest.approx(expected))
+
+
+def test_flashinfer_drafts_with_our_kernel() -> None:
+    flashinfer = SimpleNamespace(get_name=lambda: "FLASHINFER")
+    engine: Any = SimpleNamespace(
+        device=torch.device("cuda"),
+        paged_kv=(object(),),
+        attention_groups=(SimpleNamespace(backend=flashinfer),),
+    )
+    drafter: Any = None
+    assert profiler.faster_attention(engine, drafter, 8) == "kernel"
+    engine.paged_kv = ()  # which it then cannot read
+    assert profiler.faster_attention(engine, drafter, 8) == "backend"
+
+
+def test_measured_rows() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for device in (cpu, gpu):
+        assert measured_rows(1, device) == [1]
+        assert measured_rows(7, device) == [1, 2, 4]
+    assert measured_rows(32, cpu) == measured_rows(256, cpu)
+    assert measured_rows(1024, cpu)[-1] == 32
+    assert measured_rows(1024, gpu)[-1] == 256
+
+
 @pytest.mark.parametrize(("fails", "alone"), [(2, True), (2, False), (0, True)])
 def test_a_shape_that_finds_no_memory_is_the_last(
     monkeypatch: pytest.MonkeyPatch, fails: int, alone: bool
@@ -54,7 +103,9 @@ def test_a_shape_that_finds_no_memory_is_the_last(
         return [cell]
 
     monkeypatch.setattr(profiler, "_measure_cell", cell)
-    engine: Any = SimpleNamespace(max_model_len=8192, num_blocks=4096, block_size=16)
+    engine: Any = SimpleNamespace(
+        max_model_len=8192, num_blocks=4096, block_size=16, device=torch.device("cpu")
+    )
     agreement: Any = SimpleNamespace(share=lambda value: value, alone=alone)
     drafter: Any = None
 
@@ -87,7 +138,11 @@ def test_ranks_measure_the_same_by_the_first_ranks_clock(monkeypatch: pytest.Mon
             monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
         monkeypatch.setattr(profiler, "_measure_cell", cell)
         engine: Any = SimpleNamespace(
-            synchronize=lambda: None, max_model_len=8192, num_blocks=4096, block_size=16
+            synchronize=lambda: None,
+            max_model_len=8192,
+            num_blocks=4096,
+            block_size=16,
+            device=torch.device("cpu"),
         )
         drafter: Any = None
         found: list[Any] = profiler.measure(engine, drafter, 4, 8, budget.Budget(30.0, agreement))

@@ -195,6 +195,10 @@ def test_kinds_of_batch_do_not_pile_up():
     assert len(made._mean) <= 3 + 3 * 32
     assert made.relative("verify", Batch(128, 128 * 2048)) == pytest.approx(1.5, rel=0.05)
     assert made.relative("verify", ONE) > 1.2, "forgotten, but like the others"
+    # What is forgotten counts as not measured: plain steps of it are, before it drafts.
+    assert made.count("plain", ONE) == made.count("draft", ONE) == 0
+    assert made.count("plain", Batch(128, 128 * 2048)) > 0
+    assert len(made._counts) <= 3 * 32
 
 
 def test_what_refutes_one_kind_leaves_others_alone():
