@@ -41,10 +41,11 @@ class Engine:
 
     def most_drafts(self, rows: int) -> int:
         """Drafted tokens of each of `rows` rows that a step has room to verify. vLLM spends a
-        step's budget row by row: of more, the last rows would stand still until others end."""
+        step's budget row by row: of more, the last rows would stand still until others end. Half of
+        it is left to prompts, which are often the last."""
         scheduler = self.vllm_config.scheduler_config
         budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
-        return max(0, budget // rows - 1)
+        return max(0, budget // (2 * rows) - 1)
 
     def synchronize(self) -> None:
         """Wait for the device; a no-op on a CPU."""
