@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from knapspec_vllm.planner.costs import CostSample
 from knapspec_vllm.planner.curves import median
 
-MOST_UNSTEADY = 1.2
+MOST_UNSTEADY = 1.3
 """Curves of a machine less steady than this are not kept for the next start. At rest two cores of a
 Xeon had 1.02 to 1.03, beside a busy loop 1.11 to 1.40 and beside matrix products on both cores 1.04
 to 1.32 (SmolLM2 and a small random model, two calibrations each): what slows every repetition alike
