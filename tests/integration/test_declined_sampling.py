@@ -41,6 +41,15 @@ def sampled(llm) -> list[tuple[list[int], list[dict[int, float]]]]:
     ]
 
 
+def every_step_may_reject() -> bool:
+    """vLLM 0.27 asks for metadata, and its rejection sampler, where something is drafted; later
+    releases in every step."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    source = inspect.getsource(GPUModelRunner._prepare_inputs)
+    return "use_spec_decode = self.speculative_config is not None" in source
+
+
 def test_declined_steps_sample_as_plain_vllm(monkeypatch) -> None:
     model = random_checkpoint("LlamaForCausalLM")
     with engine(model, **OPTIONS) as llm:
@@ -69,10 +78,7 @@ def test_declined_steps_sample_as_plain_vllm(monkeypatch) -> None:
             patch.setattr(rejection_sampler, "rejection_sample", drawn)
             patch.setattr(GPUModelRunner, "_calc_spec_decode_metadata", both)
             found = sampled(llm)
-        # vLLM 0.27 asks for metadata where something is drafted, later releases in every step.
-        source = inspect.getsource(GPUModelRunner._prepare_inputs)
-        always = "use_spec_decode = self.speculative_config is not None" in source
-        assert max(compared, default=0) == (len(PROMPTS) if always else 0)
+        assert max(compared, default=0) == (len(PROMPTS) if every_step_may_reject() else 0)
     for (tokens, logprobs), (want_tokens, want) in zip(found, expected, strict=True):
         assert tokens == want_tokens
         assert len(logprobs) == len(want) == 12
@@ -85,6 +91,8 @@ def test_a_thinking_budget_ends_its_own_row(smollm2_path: Path) -> None:
     from vllm import SamplingParams
     from vllm.config.reasoning import ReasoningConfig
 
+    if not every_step_may_reject():
+        pytest.skip("this vLLM samples such steps itself, and forces row 0 with any speculation")
     begins, ends = 14, 16  # <jupyter_output> and <empty_output>, which this model never writes
     prompts = [
         {"prompt_token_ids": [begins, *prompt]} for prompt in text_prompts(smollm2_path, (20,) * 3)
