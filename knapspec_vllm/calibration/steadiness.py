@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 
-from knapspec_vllm.planner.costs import CostSample
+from knapspec_vllm.planner.costs import CostSample, times_by_shape
 from knapspec_vllm.planner.curves import median
 
 MOST_UNSTEADY = 1.3
@@ -20,9 +19,6 @@ def unsteadiness(samples: Iterable[CostSample]) -> float | None:
     """How many times its fastest repetition a shape is priced at (the median of them), in the
     median over shapes; 1 at best. None where no shape was repeated.
     """
-    times: dict[tuple[str, int, int, int], list[float]] = defaultdict(list)
-    for sample in samples:
-        shape = (sample.kind, sample.rows, sample.tokens_per_row, sample.context_tokens)
-        times[shape].append(sample.time_us)
-    found = [median(many) / min(many) for many in times.values() if len(many) > 1]
+    repeated = [times for times in times_by_shape(samples).values() if len(times) > 1]
+    found = [median(times) / min(times) for times in repeated]
     return median(found) if found else None

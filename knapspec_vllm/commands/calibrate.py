@@ -24,7 +24,7 @@ DESCRIPTION = """\
 Starts the model as a server would, measures its cost curves, solves for plans on text, and stores
 both. A server with the same model, options, hardware and versions then starts with them and says
 "KnapSpec uses the calibration stored in ...". Give it the options of that server: what differs
-(--max-model-len, --max-num-seqs below 32, --tensor-parallel-size, --dtype,
+(--max-model-len, --max-num-seqs below 32 or, on a GPU, 256, --tensor-parallel-size, --dtype,
 num_speculative_tokens, ...) is measured anew.
 Nothing is stored of a machine that was busy with something else.
 Exit status: 0 stored, 1 failed, 2 wrong arguments."""

@@ -46,6 +46,17 @@ class CostSample:
             raise ValueError(f"a measured time must be positive, got {self.time_us}")
 
 
+def times_by_shape(
+    samples: Iterable[CostSample],
+) -> dict[tuple[str, int, int, int], list[float]]:
+    """(kind, rows, tokens per row, context tokens) -> microseconds of its repetitions."""
+    times: dict[tuple[str, int, int, int], list[float]] = defaultdict(list)
+    for sample in samples:
+        shape = (sample.kind, sample.rows, sample.tokens_per_row, sample.context_tokens)
+        times[shape].append(sample.time_us)
+    return times
+
+
 @dataclass(frozen=True)
 class DraftPrices:
     """Parts of a draft forward for one batch, microseconds; items per layer."""
@@ -111,13 +122,9 @@ class CostModel:
         least two of draft_no_attention, draft_no_mlp and draft_empty. Repeated measurements of a
         cell count once, by their median. Raises ValueError when something is missing.
         """
-        cells: dict[tuple[str, int, int, int], list[float]] = defaultdict(list)
-        for sample in samples:
-            key = (sample.kind, sample.rows, sample.tokens_per_row, sample.context_tokens)
-            cells[key].append(sample.time_us)
         steps: dict[int, Points] = defaultdict(lambda: defaultdict(list))
         drafts: DraftPoints = defaultdict(list)
-        for (kind, rows, tokens, context), times in sorted(cells.items()):
+        for (kind, rows, tokens, context), times in sorted(times_by_shape(samples).items()):
             if kind == "step":
                 steps[tokens][rows].append((context, median(times)))
             else:

@@ -179,8 +179,7 @@ class Cell:
 
     def _steps(self) -> dict[str, float] | None:
         """Milliseconds of a draft step, read back, of the last plan that drafted."""
-        from knapspec_vllm.calibration import profiler
-        from knapspec_vllm.calibration.cells import Cell
+        from knapspec_vllm.calibration import cells, profiler
 
         proposer = proposer_of(self._llm)
         plan = proposer.planning.last_drafting_choice.plan
@@ -188,7 +187,7 @@ class Cell:
             return None
         rows = profiler._fake_rows(
             proposer.engine,
-            Cell(self._batch, self._context),
+            cells.Cell(self._batch, self._context),
             proposer.num_speculative_tokens,
         )
         found = {}
