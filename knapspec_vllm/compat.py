@@ -87,8 +87,25 @@ READ_SEAMS = (
     ),
     Seam(
         "vllm.forward_context:set_forward_context",
-        ("attn_metadata", "vllm_config", "num_tokens", "slot_mapping", "skip_compiled"),
+        (
+            "attn_metadata",
+            "vllm_config",
+            "num_tokens",
+            "slot_mapping",
+            "skip_compiled",
+            "cudagraph_runtime_mode",
+            "batch_descriptor",
+        ),
     ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._dummy_run",
+        ("num_tokens", "force_attention", "uniform_decode", "profile_seq_lens"),
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._warmup_and_capture",
+        ("desc", "cudagraph_runtime_mode"),
+    ),
+    Seam("vllm.forward_context:BatchDescriptor", ("num_tokens", "num_reqs", "uniform")),
     Seam(
         "vllm.v1.worker.utils:AttentionGroup",
         ("backend", "layer_names", "kv_cache_spec", "kv_cache_group_id"),

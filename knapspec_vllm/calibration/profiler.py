@@ -4,8 +4,7 @@
 The KV cache is allocated and still empty, so any block may be used: rows get block tables spread
 over the cache, and what the measurements write is never visible to a request. Draft forwards are
 timed as they will run, through the drafter: replayed where they are captured, else Python and
-metadata included. The target is called as vLLM calls it; on a GPU that is launch by launch, as
-vLLM's graphs read buffers of its runner. What replaying them saves a step, rounds teach.
+metadata included. The target's steps replay vLLM's own graphs where it would (`draft.target`).
 """
 
 from __future__ import annotations
@@ -22,9 +21,10 @@ from knapspec_vllm.draft.attention import AttentionPath
 from knapspec_vllm.draft.branches import VllmBranches
 from knapspec_vllm.draft.drafter import Drafter
 from knapspec_vllm.draft.engine import Engine
-from knapspec_vllm.draft.metadata import StepMetadata, slots_of
+from knapspec_vllm.draft.metadata import StepMetadata
 from knapspec_vllm.draft.references import References
 from knapspec_vllm.draft.rows import DraftRows
+from knapspec_vllm.draft.target import Forward
 from knapspec_vllm.draft.windows import WindowGeometry
 from knapspec_vllm.planner.costs import CostSample
 from knapspec_vllm.planner.solver import ItemWeights, SolverSettings, start_solve
@@ -34,6 +34,12 @@ logger = logging.getLogger("vllm.knapspec")
 
 #: Timed repetitions of a cell after one warm-up; the model fit takes the median.
 _REPEATS = 3
+_AHEAD = 4
+"""Queued behind one another where the server's steps are too: what the host needs for them is then
+hidden, as long as the device needs more."""
+
+Work = Callable[[], tuple[torch.Tensor, ...]]
+"""A step's work; gives what its round reads back from the device."""
 
 
 def measure(
@@ -166,9 +172,10 @@ def _measure_cell(
     engine: Engine, drafter: Drafter, num_speculative_tokens: int, cell: Cell, budget: Budget
 ) -> list[CostSample]:
     rows = _fake_rows(engine, cell, num_speculative_tokens)
+    metadata = StepMetadata(engine)
     samples: list[CostSample] = []
 
-    def sample(kind: str, tokens_per_row: int, run: Callable[[], object]) -> None:
+    def sample(kind: str, tokens_per_row: int, run: Work) -> None:
         context = cell.rows * cell.context
         samples.extend(
             CostSample(kind, cell.rows, tokens_per_row, context, time_us)
@@ -177,7 +184,10 @@ def _measure_cell(
 
     verify = sorted({1, 2, 1 + (num_speculative_tokens + 1) // 2, 1 + num_speculative_tokens})
     for tokens_per_row in verify:
-        sample("step", tokens_per_row, _target_step(engine, rows, tokens_per_row))
+        with engine.target.step(metadata, rows, tokens_per_row) as forward:
+            sample(
+                "step", tokens_per_row, _target_step(engine, forward, cell.rows * tokens_per_row)
+            )
     for kind, plan in uniform_plans(engine.view.num_layers).items():
         sample(kind, 1, _draft_step(drafter, plan, rows, num_speculative_tokens))
     return samples
@@ -185,8 +195,8 @@ def _measure_cell(
 
 def _draft_step(
     drafter: Drafter, plan: Plan, rows: DraftRows, draft_length: int, captured: bool = True
-) -> Callable[[], object]:
-    """One step of a draft, its rows' states read back as a round of one step reads them.
+) -> Work:
+    """One step of a draft; gives its rows' tokens and counts.
 
     captured: as rounds come to run it, where draft steps are captured.
     """
@@ -194,46 +204,24 @@ def _draft_step(
     started = drafter.start(plan, draft_length, rows, step_of)
     state = started.state
 
-    def run() -> object:
+    def run() -> tuple[torch.Tensor, ...]:
         with started.steps() as step:
             step()
-        return state.tokens.tolist(), state.counts.tolist()
+        return state.tokens, state.counts
 
     return run
 
 
-def _target_step(engine: Engine, rows: DraftRows, tokens_per_row: int) -> Callable[[], object]:
-    """A verify-shaped step: every row feeds `tokens_per_row` tokens, logits and argmax for all."""
-    metadata = StepMetadata(engine)
-    offsets = torch.arange(tokens_per_row, device=engine.device)
-    positions = rows.positions[:, None] + offsets
-    slots = slots_of(rows.block_table, positions, engine.block_size).flatten()
-    positions = positions.flatten()
-    tokens = rows.tokens.repeat_interleave(tokens_per_row)
-    # vLLM's runner feeds int32 ids: another dtype would make a compiled target trace again.
-    ids = tokens.int()
+def _target_step(engine: Engine, forward: Forward, tokens: int) -> Work:
+    """Logits and argmax for all its tokens, as verification needs them."""
 
-    def run() -> object:
-        built = metadata.build(
-            rows.block_table,
-            rows.positions + tokens_per_row,
-            slots,
-            positions,
-            rows.host_positions[0] + tokens_per_row,
-            tokens_per_row,
-        )
-        with metadata.active(built, slots):
-            hidden = engine.target(
-                input_ids=ids, positions=positions, intermediate_tensors=None, inputs_embeds=None
-            )
-        return engine.view.logits(hidden).argmax(dim=-1).tolist()
+    def run() -> tuple[torch.Tensor, ...]:
+        return (engine.view.logits(forward()[:tokens]).argmax(dim=-1),)
 
     return run
 
 
-def _time(
-    engine: Engine, run: Callable[[], object], hurry: Callable[[], bool] = lambda: False
-) -> list[float]:
+def _time(engine: Engine, run: Work, hurry: Callable[[], bool] = lambda: False) -> list[float]:
     """Microseconds of each repetition after a first one; in a hurry there is a single one, and the
     faster of it and the first: a lone slow moment would be the shape's price."""
     first = _once(engine, run)
@@ -243,13 +231,19 @@ def _time(
     return times if len(times) > 1 else [min(first, *times)]
 
 
-def _once(engine: Engine, run: Callable[[], object]) -> float:
-    """Microseconds."""
+def _once(engine: Engine, run: Work) -> float:
+    """Microseconds until the host has what it gives; where the host runs ahead of the device, of
+    one of several in a row, none of which is read."""
     engine.synchronize()
+    repeats = _AHEAD if engine.runs_ahead else 1
     start = time.perf_counter()
-    run()
+    for _ in range(repeats):
+        found = run()
+        if repeats == 1:
+            for values in found:
+                values.tolist()
     engine.synchronize()
-    return (time.perf_counter() - start) * 1e6
+    return (time.perf_counter() - start) * 1e6 / repeats
 
 
 def _fake_rows(engine: Engine, cell: Cell, num_speculative_tokens: int) -> DraftRows:

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from knapspec_vllm import ops
 from knapspec_vllm.models.view import SublayerView
+
+if TYPE_CHECKING:
+    from knapspec_vllm.draft.target import Target
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,7 @@ class Engine:
 
     vllm_config: Any
     view: SublayerView
-    #: The compiled (or eager) target module, called as vLLM's runner calls it.
-    target: Any
+    target: Target
     #: vLLM AttentionGroups over all layers, with metadata builders of our own.
     attention_groups: tuple[Any, ...]
     layer_names: tuple[str, ...]
@@ -46,6 +48,11 @@ class Engine:
         scheduler = self.vllm_config.scheduler_config
         budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
         return max(0, budget // (2 * rows) - 1)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the host queues work for a device without waiting for what it queued before."""
+        return self.device.type != "cpu" and self.vllm_config.scheduler_config.async_scheduling
 
     def synchronize(self) -> None:
         """Wait for the device; a no-op on a CPU."""

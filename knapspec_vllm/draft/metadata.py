@@ -92,13 +92,22 @@ class StepMetadata:
         return self.built(self.common(*args, **kwargs))
 
     @contextmanager
-    def active(self, metadata: dict[str, Any], slots: torch.Tensor) -> Iterator[None]:
-        """Forward context for one forward over the given metadata and slots [T] int64."""
+    def active(
+        self, metadata: dict[str, Any], slots: torch.Tensor, **context: Any
+    ) -> Iterator[None]:
+        """Forward context for one forward over the given metadata and slots [T] int64.
+
+        context: of vLLM's own, where the forward replays its graphs.
+        """
         from vllm.forward_context import set_forward_context
 
         slot_mapping = dict.fromkeys(self._engine.layer_names, slots)
         with set_forward_context(
-            metadata, self._engine.vllm_config, num_tokens=len(slots), slot_mapping=slot_mapping
+            metadata,
+            self._engine.vllm_config,
+            num_tokens=len(slots),
+            slot_mapping=slot_mapping,
+            **context,
         ):
             yield
 

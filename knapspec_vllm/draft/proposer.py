@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Route A: KnapSpec as a `custom_class` proposer of vLLM's V1 model runner.
 
-This file and `patches/` are the only ones that know which vLLM runner calls: it turns the runner's
-state into `DraftRows`, lets `Planning` choose and `Drafter` draft, and returns token lists.
+Turns the runner's state into `DraftRows`, lets `Planning` choose and `Drafter` draft. Only this
+file, `target`, `verify_graphs`, `async_planning` and `patches/` know which vLLM runner calls.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from knapspec_vllm.draft.references import References, newest_references
 from knapspec_vllm.draft.round_clock import RoundClock
 from knapspec_vllm.draft.rows import Candidates, DraftRows
 from knapspec_vllm.draft.snapshot import snapshot
+from knapspec_vllm.draft.target import Target
+from knapspec_vllm.draft.verify_graphs import VerifyGraphs
 from knapspec_vllm.draft.windows import WindowGeometry
 from knapspec_vllm.metrics.stats import Stats
 from knapspec_vllm.planner.costs import CostModel
@@ -54,6 +56,7 @@ class KnapSpecProposer:
         self._drafted: set[str] = set()
         self._drafted_plan: Plan | None = None
         self._clock = RoundClock(self.stats)
+        self.verify_graphs = VerifyGraphs(self.num_speculative_tokens, self.config.draft_graphs)
         #: Decides instead of `propose_full` where vLLM schedules asynchronously.
         self.asynchronous: AsyncPlanning | None = None
         #: Where the cost curves come from: "source", "hardware", "measured_at" (seconds, epoch).
@@ -71,14 +74,13 @@ class KnapSpecProposer:
             return
         view = models.bind(runner.get_model())
         layers = [view.attention_layer(i) for i in range(view.num_layers)]
-        table = runner.input_batch.block_table[0]
-        block_size = int(table.block_size)
+        block_size = int(runner.input_batch.block_table[0].block_size)
         cache_config = runner.kv_cache_config
         manager_block_size = cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self.engine = Engine(
             vllm_config=self._vllm_config,
             view=view,
-            target=runner.model,
+            target=Target(runner),
             attention_groups=own_attention_groups(
                 runner.attn_groups[0], self._vllm_config, runner.device
             ),

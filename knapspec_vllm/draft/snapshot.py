@@ -24,7 +24,8 @@ def snapshot(proposer: KnapSpecProposer) -> dict[str, Any]:
         "memory_bytes": dict(proposer.memory_bytes),
     }
     if proposer.engine is not None and proposer.drafter.graphs is not None:
-        state["memory_bytes"]["graph"] = proposer.drafter.graphs.memory_bytes
+        taken = proposer.drafter.graphs.memory_bytes + proposer.verify_graphs.memory_bytes
+        state["memory_bytes"]["graph"] = taken
     planning = proposer.planning
     if planning is None:
         return state

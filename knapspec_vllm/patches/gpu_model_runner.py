@@ -25,6 +25,8 @@ def install() -> None:
         ("async_sampled", _make_states),
         ("plain_metadata", _make_metadata),
         ("decode_graphs", _make_graphs),
+        ("capture_verify_graphs", _make_capture),
+        ("verify_graphs", _make_padding),
     ):
         patch = by_name(name)
         owner, attribute = compat.resolve(patch.target)
@@ -120,6 +122,55 @@ def _make_graphs(original: Any) -> Any:
         return original(self, *args, **kwargs)
 
     return _check_and_update_cudagraph_mode
+
+
+def _make_capture(original: Any) -> Any:
+    @functools.wraps(original)
+    def _capture_cudagraphs(
+        self: Any, batch_descriptors: Any, cudagraph_runtime_mode: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        whole = cudagraph_runtime_mode.name == "FULL" and batch_descriptors[:1]
+        result = original(self, batch_descriptors, cudagraph_runtime_mode, *args, **kwargs)
+        drafter = drafter_of(self)
+        if drafter is not None and whole and whole[0].uniform:
+            drafter.verify_graphs.capture(
+                self, lambda batch: self._warmup_and_capture(batch, cudagraph_runtime_mode)
+            )
+        return result
+
+    return _capture_cudagraphs
+
+
+def _make_padding(original: Any) -> Any:
+    @functools.wraps(original)
+    def _determine_batch_execution_and_padding(
+        self: Any,
+        num_tokens: int,
+        num_reqs: int,
+        num_scheduled_tokens_np: Any,
+        max_num_scheduled_tokens: int,
+        use_cascade_attn: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        found = original(
+            self, num_tokens, num_reqs, num_scheduled_tokens_np, max_num_scheduled_tokens,
+            use_cascade_attn, *args, **kwargs,
+        )  # fmt: skip
+        drafter = drafter_of(self)
+        if drafter is None or use_cascade_attn or kwargs.get("force_eager"):
+            return found
+        # A dummy step says whether it stands for a uniform one.
+        if max_num_scheduled_tokens == 1 or kwargs.get("force_uniform_decode") is False:
+            return found
+        batch = drafter.verify_graphs.find(num_tokens, num_reqs, max_num_scheduled_tokens)
+        if batch is None:
+            return found
+        from vllm.config import CUDAGraphMode
+
+        return CUDAGraphMode.FULL, batch, *found[2:]
+
+    return _determine_batch_execution_and_padding
 
 
 def _make_states(original: Any) -> Any:

@@ -195,6 +195,38 @@ PATCHES: tuple[Patch, ...] = (
         remove_when="vLLM captures whole decode steps of one token a row beside speculation.",
     ),
     Patch(
+        name="capture_verify_graphs",
+        seam=Seam(
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner._capture_cudagraphs",
+            ("batch_descriptors", "cudagraph_runtime_mode"),
+        ),
+        what="After vLLM's own graphs of whole steps: captures verify steps, of each number of "
+        "tokens that a row may verify.",
+        why="vLLM captures whole steps for one number of tokens a row; drafts have any length.",
+        upstream="vllm-project/vllm#28207 (capture sizes of decode and mixed steps)",
+        remove_when="vLLM captures whole decode steps of several numbers of tokens a row.",
+    ),
+    Patch(
+        name="verify_graphs",
+        seam=Seam(
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner._determine_batch_execution_and_padding",
+            (
+                "num_tokens",
+                "num_reqs",
+                "num_scheduled_tokens_np",
+                "max_num_scheduled_tokens",
+                "use_cascade_attn",
+                "force_eager",
+                "force_uniform_decode",
+            ),
+        ),
+        what="Has verify steps whose rows feed the same number of tokens replay those graphs.",
+        why="The dispatcher knows one number of tokens a row; the pieces of a step that it chooses "
+        "otherwise take longer to launch than an 8B model's step takes an H200 to compute.",
+        upstream="vllm-project/vllm#28207 (capture sizes of decode and mixed steps)",
+        remove_when="vLLM captures whole decode steps of several numbers of tokens a row.",
+    ),
+    Patch(
         name="calibrate_gpu",
         seam=Seam("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model"),
         what="After warm-up: attach the proposer to its runner and calibrate.",

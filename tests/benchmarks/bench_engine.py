@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engines import proposer_of
 
 from knapspec_vllm.bench.provenance import provenance
+from knapspec_vllm.bench.trace import Turns
 from knapspec_vllm.bench.worker import engine_facts, knapspec_state, run_batch
 
 ROUNDS = 5
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--context", type=int, nargs="+", default=[2000])
     parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--vocabulary", type=int, default=40000, help="prompts stay below this id")
     parser.add_argument("--settings", type=json.loads, default={}, help="KnapSpec's, as JSON")
     parser.add_argument("--engine-args", type=json.loads, default={}, help="of vllm.LLM, as JSON")
     parser.add_argument("--hold", type=Path)
@@ -68,13 +70,14 @@ def main() -> None:
     save()
     for context in arguments.context:
         for batch in arguments.batch:
-            cell = Cell(llm, batch, context, arguments.tokens)
+            prompts = [prompt(context, row, arguments.vocabulary) for row in range(batch)]
+            cell = Cell(llm, prompts, arguments.tokens)
             found["cells"].append(cell.plain() if arguments.plain else cell.knapspec())
             long = ("kernels", "counted", "state")
             print(json.dumps({k: v for k, v in found["cells"][-1].items() if k not in long}))
             save()
     if not arguments.plain:
-        found["solves"] = solves(llm, max(arguments.context))
+        found["solves"] = solves(llm, prompt(max(arguments.context), 99, arguments.vocabulary))
         print(json.dumps(found["solves"]))
         found["knapspec"] = knapspec_state(llm)
         save()
@@ -103,9 +106,9 @@ def start(arguments: argparse.Namespace) -> Any:
 class Cell:
     """One batch and context of an engine."""
 
-    def __init__(self, llm: Any, batch: int, context: int, tokens: int) -> None:
-        self._llm, self._batch, self._context = llm, batch, context
-        self._prompts = [prompt(context, row) for row in range(batch)]
+    def __init__(self, llm: Any, prompts: list[list[int]], tokens: int) -> None:
+        self._llm, self._prompts = llm, prompts
+        self._batch, self._context = len(prompts), len(prompts[0])
         self._sampling = sampling(tokens)
 
     def plain(self) -> dict[str, Any]:
@@ -131,13 +134,15 @@ class Cell:
         rounds = [(declining(run)[0], run()) for _ in range(ROUNDS)]
         declined = [speed for speed, _ in rounds]
         drafted = [speed for _, (speed, _) in rounds]
+        state = knapspec_state(self._llm)
+        assert state is not None
         found = {
             **self._facts(),
             "declining": spread(declined),
             "drafting": spread(drafted),
             "ratio": spread([b / a for a, b in zip(declined, drafted, strict=True)]),
             "counted": rounds[-1][1][1],
-            "state": {k: v for k, v in knapspec_state(self._llm).items() if k != "settings"},
+            "state": {k: v for k, v in state.items() if k != "settings"},
             "kernels": {"declining": declining(self._busy), "drafting": self._busy()},
         }
         found["busy"] = {name: kernels["share"] for name, kernels in found["kernels"].items()}
@@ -149,7 +154,7 @@ class Cell:
 
     def _run(self) -> tuple[float, dict[str, Any]]:
         """(tokens a second while every row decodes, what was counted)."""
-        result, counted, state = run_batch(self._llm, self._prompts, self._sampling)
+        result, counted, state = run_batch(self._llm, self._prompts, self._sampling, Turns())
         seconds, tokens = result["full"] or result["decode"]
         stats = (state or {}).get("stats", {})
         return tokens / seconds, {"vllm": counted, "knapspec": stats}
@@ -201,7 +206,7 @@ class Cell:
         return found
 
 
-def solves(llm: Any, context: int) -> dict[str, Any]:
+def solves(llm: Any, request: list[int]) -> dict[str, Any]:
     """Milliseconds of solves with windows for one row, and of what the host spends until they are
     under way, launch by launch and, where the server captured them, replayed."""
     from knapspec_vllm.draft.branches import VllmBranches
@@ -233,6 +238,10 @@ def solves(llm: Any, context: int) -> dict[str, Any]:
         }
 
     def spy(batch: Any, most: int, references: Callable[[], Any], *rest: Any) -> Any:
+        if (
+            references() is None
+        ):  # scheduled ahead, a request's first step is one that nothing knows
+            return choose(batch, most, references, *rest)
         planning.choose = choose
         for per_row in (config.reference_tokens, 48 // config.reference_rows):
             object.__setattr__(config, "reference_tokens", per_row)
@@ -252,7 +261,7 @@ def solves(llm: Any, context: int) -> dict[str, Any]:
         return choose(batch, most, references, *rest)
 
     planning.choose = spy
-    run_batch(llm, [prompt(context, 99)], sampling(4))
+    run_batch(llm, [request], sampling(4), Turns())
     return found
 
 
@@ -270,9 +279,10 @@ def waits(action: Callable[[], object]) -> str | None:
     return None
 
 
-def prompt(length: int, seed: int) -> list[int]:
+def prompt(length: int, seed: int, vocabulary: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1000, 40000, (length,), generator=generator).tolist()
+    lowest = min(1000, vocabulary // 2)  # above what tokenizers keep for themselves
+    return torch.randint(lowest, vocabulary, (length,), generator=generator).tolist()
 
 
 def sampling(tokens: int) -> dict[str, Any]:

@@ -116,8 +116,8 @@ def _series(axis: Any, panel: dict[str, Any], found: Any, start: float) -> None:
         clean = [[0.0 if math.isnan(v) else v for v in row] for row in values]
         axis.stackplot(times, *clean, labels=[name for name, _, _ in lines], alpha=0.8)
     else:
-        for name, times, values in lines:
-            axis.plot(times, values, label=name, linewidth=1.4)
+        for name, when, value in lines:
+            axis.plot(when, value, label=name, linewidth=1.4)
     if defaults.get("custom", {}).get("thresholdsStyle"):
         axis.axhline(1.0, color="red", linewidth=0.8)
     bottom, top = axis.get_ylim()

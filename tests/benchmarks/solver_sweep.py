@@ -47,11 +47,12 @@ def sweep(arguments: argparse.Namespace) -> int:
         for name, value in points:
             settings = {**default, name: value}
             references = settings.pop("reference_tokens")
-            found = case.ours(SolverSettings(**settings), references)
-            rows[name, value].append(_figures(case, *found, "planned"))
-        published.append(_figures(case, *case.published(), "published"))
+            plans, seconds = case.ours(SolverSettings(**settings), references)
+            rows[name, value].append(_figures(case, plans, seconds, "planned"))
+        plans, seconds = case.published()
+        published.append(_figures(case, plans, seconds, "published"))
         print(f"  window {number} of {len(session.windows)}", flush=True)
-    results = {
+    results: dict[str, Any] = {
         "default": default,
         "published": _means(published),
         "points": [

@@ -111,9 +111,8 @@ def _dense(size, query, kv, table, lengths, key, value, scale) -> Callable[[], t
             prefix = prefix[:, : size.prefix].transpose(1, 2)
             keys = torch.cat([prefix, _rows_first(size, tail)], 2)
             found.append(keys.repeat_interleave(group, 1))
-        out = scaled_dot_product_attention(
-            _rows_first(size, query), *found, attn_mask=mask, scale=scale
-        )
+        queries, (keys, values) = _rows_first(size, query), found
+        out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
         out = out.transpose(1, 2).unflatten(1, (size.branches, size.refs)).transpose(0, 1)
         return out.flatten(1, 2)
 
@@ -122,11 +121,11 @@ def _dense(size, query, kv, table, lengths, key, value, scale) -> Callable[[], t
 
 def _prefix_only(size, query, kv, table, lengths, key, value, scale) -> Callable[[], torch.Tensor]:
     rows = _rows_first(size, query).contiguous()
-    found = [
+    keys, values = [
         prefix[:, : size.prefix].transpose(1, 2).contiguous()
         for prefix in kv.gather(table, query.dtype)
     ]
-    return lambda: scaled_dot_product_attention(rows, *found, scale=scale, enable_gqa=True)
+    return lambda: scaled_dot_product_attention(rows, keys, values, scale=scale, enable_gqa=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA graphs of whole verify steps, for every draft length.
+
+vLLM has graphs of whole steps in which all rows feed one same number of tokens, and we have it
+choose 1 (`patches`, decode_graphs). A verify step would replay the pieces between attentions, whose
+launches take the host 6.5 to 7.8 ms at 8B, where the GPU needs 5 (H200, batch 1 to 16). So whole
+steps are captured for each number of tokens that a row may verify: 80 of them at 30 a second.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("vllm.knapspec")
+
+_MOST_TOKENS = 256
+"""Of a step. With more it computes for longer than its pieces take to launch."""
+
+
+class VerifyGraphs:
+    """The shapes of which one runner has graphs of whole verify steps; none before `capture`."""
+
+    def __init__(self, num_speculative_tokens: int, draft_graphs: int) -> None:
+        """draft_graphs: the setting; 0: none of these either."""
+        self._most_tokens_per_row = 1 + num_speculative_tokens
+        self._wanted = draft_graphs > 0
+        #: Tokens per row -> numbers of rows, ascending.
+        self._rows: dict[int, tuple[int, ...]] = {}
+        self.memory_bytes = 0
+        """Device memory that they took."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self._rows.values()))
+
+    def find(self, tokens: int, rows: int, tokens_per_row: int) -> Any | None:
+        """vLLM's BatchDescriptor of the smallest graph for so many rows; None if there is none, or
+        not all of them feed `tokens_per_row` of the `tokens`."""
+        if tokens != rows * tokens_per_row:
+            return None
+        found = next((n for n in self._rows.get(tokens_per_row, ()) if n >= rows), None)
+        return None if found is None else _descriptor(found, tokens_per_row)
+
+    def capture(self, runner: Any, capture: Callable[[Any], None]) -> None:
+        """capture: vLLM's own, of a step with a descriptor, while it is capturing."""
+        if not self._wanted:
+            return
+        config = runner.vllm_config
+        most_rows = config.scheduler_config.max_num_seqs
+        most_tokens = min(_MOST_TOKENS, config.compilation_config.max_cudagraph_capture_size or 0)
+        if (refused := refusal(runner)) is not None:
+            logger.info("KnapSpec has no graphs of whole verify steps: %s", refused)
+            return
+        free = _free_bytes(runner.device)
+        try:
+            for tokens_per_row in range(2, self._most_tokens_per_row + 1):
+                sizes = padded_rows(min(most_rows, most_tokens // tokens_per_row))
+                with tokens_a_row(runner, tokens_per_row):
+                    self._capture(tokens_per_row, sizes, capture)
+        except torch.OutOfMemoryError as error:
+            if config.parallel_config.world_size > 1:  # the other ranks go on capturing
+                raise
+            logger.warning(
+                "KnapSpec had no memory for more than %d graphs of verify steps (%s); lower "
+                "gpu_memory_utilization or num_speculative_tokens", len(self), error,
+            )  # fmt: skip
+        self.memory_bytes = max(0, free - _free_bytes(runner.device))
+        logger.info(
+            "KnapSpec captured %d verify steps of 2 to %d tokens a row, %.2f GiB",
+            len(self), self._most_tokens_per_row, self.memory_bytes / (1 << 30),
+        )  # fmt: skip
+
+    def _capture(
+        self, tokens_per_row: int, sizes: Sequence[int], capture: Callable[[Any], None]
+    ) -> None:
+        for rows in reversed(sizes):  # as vLLM does: smaller ones reuse the memory of larger ones
+            before = self._rows.get(tokens_per_row, ())
+            self._rows[tokens_per_row] = (rows, *before)  # it asks `find` what it captures
+            try:
+                capture(_descriptor(rows, tokens_per_row))
+            except BaseException:
+                self._rows[tokens_per_row] = before
+                raise
+
+
+def refusal(runner: Any) -> str | None:
+    """Why whole verify steps of a runner are not captured; None if they can be."""
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    config = runner.vllm_config
+    if config.parallel_config.data_parallel_size > 1:
+        return "data-parallel ranks agree on each step's graph"
+    if config.parallel_config.use_ubatching:
+        return "steps are split into microbatches"
+    if config.lora_config is not None:
+        return "steps with LoRA adapters have graphs of their own"
+    if getattr(config.compilation_config.pass_config, "enable_sp", False):
+        return "sequence parallelism pads the tokens of a step"
+    for group in (group for groups in runner.attn_groups for group in groups):
+        builder = type(group.get_metadata_builder())
+        support = builder.get_cudagraph_support(config, group.kv_cache_spec)
+        if support.value < AttentionCGSupport.UNIFORM_BATCH.value:
+            return f"{group.backend.get_name()} attention cannot be captured for several tokens"
+    return None
+
+
+def padded_rows(most: int) -> list[int]:
+    """Batches that are captured, ascending: powers of two up to 8, then multiples of 8, and `most`
+    itself."""
+    sizes = {*(n for n in (1, 2, 4, 8) if n <= most), *range(16, most + 1, 8)}
+    return sorted(sizes | ({most} if most > 0 else set()))
+
+
+@contextmanager
+def tokens_a_row(runner: Any, tokens_per_row: int) -> Iterator[None]:
+    """Inside, a dummy step of the runner that is to be uniform feeds so many tokens a row."""
+    before = runner.uniform_decode_query_len
+    runner.uniform_decode_query_len = tokens_per_row
+    try:
+        yield
+    finally:
+        runner.uniform_decode_query_len = before
+
+
+def _descriptor(rows: int, tokens_per_row: int) -> Any:
+    from vllm.forward_context import BatchDescriptor
+
+    return BatchDescriptor(rows * tokens_per_row, num_reqs=rows, uniform=True)
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
