@@ -221,9 +221,9 @@ def _scheduling(config: Any) -> list[Check]:
         Check(
             "scheduling",
             "warn",
-            "asynchronous scheduling is off with KnapSpec unless asked for: where it declines, a "
-            "GPU then decodes more slowly than with plain vLLM.",
-            "Compare with knapspec bench; on one GPU also with --async-scheduling.",
+            "asynchronous scheduling is off: where KnapSpec declines, a GPU then decodes more "
+            "slowly than with plain vLLM.",
+            "On one GPU leave out --no-async-scheduling; else compare with knapspec bench.",
         )
     ]
 

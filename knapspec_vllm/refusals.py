@@ -89,20 +89,26 @@ def _above_one(path: str, sentence: str) -> Rule:
     return rule
 
 
-def _asynchronous(vllm_config: Any, settings: KnapSpecConfig) -> str | None:
-    needed = None
+def asynchronous_needs(vllm_config: Any) -> str | None:
+    """What is missing for asynchronous scheduling; None where KnapSpec can draft under it."""
+    settings = KnapSpecConfig.from_vllm_config(vllm_config)
     own = {"debug_invariants": False, "confidence_threshold": 0, "strategy": "knapspec"}
     if _get(vllm_config, "device_config.device_type") not in ASYNC_DEVICES:
-        needed = "a GPU"
-    elif _get(vllm_config, "parallel_config.distributed_executor_backend") not in (None, "uni"):
-        needed = "one rank, in the engine's own process (no data parallel either),"
-    elif _get(vllm_config, "scheduler_config.scheduler_cls") is not None:
-        needed = "vLLM's own scheduler (--scheduler-cls unset)"
-    elif any(getattr(settings, name) != value for name, value in own.items()):
-        needed = f"{', '.join(own)} unset"
-    if needed is None or _get(vllm_config, "scheduler_config.async_scheduling") is not True:
+        return "a GPU"
+    if _get(vllm_config, "parallel_config.distributed_executor_backend") not in (None, "uni"):
+        return "one rank, in the engine's own process (no data parallel either),"
+    if _get(vllm_config, "scheduler_config.scheduler_cls") is not None:
+        return "vLLM's own scheduler (--scheduler-cls unset)"
+    if any(getattr(settings, name) != value for name, value in own.items()):
+        return f"{', '.join(own)} unset"
+    return None
+
+
+def _asynchronous(vllm_config: Any, settings: KnapSpecConfig) -> str | None:
+    if _get(vllm_config, "scheduler_config.async_scheduling") is not True:
         return None
-    return f"--async-scheduling needs {needed} with it; or write --no-async-scheduling."
+    needed = asynchronous_needs(vllm_config)
+    return needed and f"--async-scheduling needs {needed} with it; or write --no-async-scheduling."
 
 
 def _explicit_v2(vllm_config: Any, settings: KnapSpecConfig) -> str | None:
@@ -218,6 +224,14 @@ def _platform(vllm_config: Any, settings: KnapSpecConfig) -> str | None:
     return None if known else f"device '{device}' is not supported; it runs on CPU, CUDA and ROCm."
 
 
+_MODELS = {
+    "is_encoder_decoder": "encoder-decoder models",
+    "is_multimodal_model": "multimodal models",
+    "uses_mrope": "models with M-RoPE positions",
+    "use_mla": "models with latent attention (MLA)",
+    "is_moe": "mixture-of-experts models",
+}
+
 #: Checked before vLLM resolves the config, to say it more clearly than vLLM would.
 BEFORE: tuple[Rule, ...] = (_asynchronous, _explicit_v2)
 
@@ -248,22 +262,14 @@ AFTER: tuple[Rule, ...] = (
         "--enable-expert-parallel is not supported: idle ranks would wait for draft steps.",
     ),
     _flag("parallel_config.enable_eplb", "--enable-eplb is not supported; remove it."),
-    _flag(
-        "model_config.is_encoder_decoder",
-        "encoder-decoder models are not supported; serve this one without KnapSpec.",
-    ),
     _pooling,
     _flag(
         "model_config.enable_prompt_embeds",
         "--enable-prompt-embeds gives rows without token ids to judge plans on; remove it.",
     ),
-    _flag(
-        "model_config.is_multimodal_model",
-        "multimodal models are not supported; serve this one without KnapSpec.",
-    ),
-    _flag(
-        "model_config.uses_mrope",
-        "models with M-RoPE positions are not supported; serve this one without KnapSpec.",
+    *(
+        _flag(f"model_config.{name}", f"{kind} are not supported; serve this one without KnapSpec.")
+        for name, kind in _MODELS.items()
     ),
     _flag(
         "model_config.is_hybrid",
@@ -272,14 +278,6 @@ AFTER: tuple[Rule, ...] = (
     _flag(
         "model_config.has_inner_state",
         "state-space models are not supported: a draft would overwrite their state.",
-    ),
-    _flag(
-        "model_config.use_mla",
-        "models with latent attention (MLA) are not supported; serve this one without KnapSpec.",
-    ),
-    _flag(
-        "model_config.is_moe",
-        "mixture-of-experts models are not supported; serve this one without KnapSpec.",
     ),
     _architecture,
     _sliding_window,

@@ -4,7 +4,7 @@
 vLLM has graphs of whole steps in which all rows feed one same number of tokens, and we have it
 choose 1 (`patches`, decode_graphs). A verify step would replay the pieces between attentions, whose
 launches take the host 6.5 to 7.8 ms at 8B, where the GPU needs 5 (H200, batch 1 to 16). So whole
-steps are captured for each number of tokens that a row may verify: 80 of them at 30 a second.
+steps are captured for each number of tokens that a row may verify: 56 in 2 s and 0.63 GiB there.
 """
 
 from __future__ import annotations
@@ -94,10 +94,6 @@ def refusal(runner: Any) -> str | None:
     config = runner.vllm_config
     if config.parallel_config.data_parallel_size > 1:
         return "data-parallel ranks agree on each step's graph"
-    if config.parallel_config.use_ubatching:
-        return "steps are split into microbatches"
-    if config.lora_config is not None:
-        return "steps with LoRA adapters have graphs of their own"
     if getattr(config.compilation_config.pass_config, "enable_sp", False):
         return "sequence parallelism pads the tokens of a step"
     for group in (group for groups in runner.attn_groups for group in groups):

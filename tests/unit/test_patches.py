@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from knapspec_vllm import compat, patches
-from knapspec_vllm.patches import apply, ledger, selection
+from knapspec_vllm import compat, patches, refusals
+from knapspec_vllm.patches import apply, ledger, selection, vllm_config
 from knapspec_vllm.plugin import register
 
 LLAMA = {
@@ -284,6 +284,32 @@ def test_selected_in_every_form(model: str, arguments: dict[str, Any]) -> None:
     there = pickle.loads(pickle.dumps(config))
     assert selection.is_selected(there)
     assert there.additional_config == config.additional_config
+
+
+@pytest.mark.parametrize(
+    "arguments, settings, asynchronous",
+    [
+        ({}, {}, True),  # as plain vLLM
+        ({"async_scheduling": True}, {}, True),
+        ({"async_scheduling": False}, {}, False),
+        ({}, {"debug_invariants": True}, False),
+    ],
+)
+def test_asynchronous_where_it_can_be(
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: dict[str, Any],
+    settings: dict[str, Any],
+    asynchronous: bool,
+) -> None:
+    monkeypatch.setattr(refusals, "ASYNC_DEVICES", ("cpu",))  # stands for a GPU
+    said: list[str] = []
+    monkeypatch.setattr(vllm_config.logger, "warning", lambda text, *a: said.append(text % a))
+    register()
+    config = build(model, speculative_config={"method": "knapspec", **settings}, **arguments)
+    assert config.scheduler_config.async_scheduling is asynchronous
+    assert bool(said) == bool(settings)
+    assert all("needs debug_invariants" in text for text in said)
 
 
 @pytest.mark.parametrize("additional", [{}, {"mine": 1}])
