@@ -224,26 +224,27 @@ def _target_step(engine: Engine, forward: Forward, tokens: int) -> Work:
 def _time(engine: Engine, run: Work, hurry: Callable[[], bool] = lambda: False) -> list[float]:
     """Microseconds of each repetition after a first one; in a hurry there is a single one, and the
     faster of it and the first: a lone slow moment would be the shape's price."""
-    first = _once(engine, run)
+    first = _once(engine, run, queued=1)
     times: list[float] = []
     while len(times) < _REPEATS and (not times or not hurry()):
         times.append(_once(engine, run))
     return times if len(times) > 1 else [min(first, *times)]
 
 
-def _once(engine: Engine, run: Work) -> float:
+def _once(engine: Engine, run: Work, queued: int = _AHEAD) -> float:
     """Microseconds until the host has what it gives; where the host runs ahead of the device, of
-    one of several in a row, none of which is read."""
+    one of `queued` in a row, none of which is read."""
     engine.synchronize()
-    repeats = _AHEAD if engine.runs_ahead else 1
     start = time.perf_counter()
-    for _ in range(repeats):
-        found = run()
-        if repeats == 1:
-            for values in found:
-                values.tolist()
+    if engine.runs_ahead:
+        for _ in range(queued):
+            run()
+    else:
+        queued = 1
+        for values in run():
+            values.tolist()
     engine.synchronize()
-    return (time.perf_counter() - start) * 1e6 / repeats
+    return (time.perf_counter() - start) * 1e6 / queued
 
 
 def _fake_rows(engine: Engine, cell: Cell, num_speculative_tokens: int) -> DraftRows:

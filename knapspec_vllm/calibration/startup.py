@@ -54,6 +54,8 @@ def calibrate(proposer: KnapSpecProposer) -> None:
             },
             {
                 "attention": sorted({g.backend.get_name() for g in engine.attention_groups}),
+                "asynchronous": engine.runs_ahead,
+                "verify_graphs": len(proposer.verify_graphs),
                 "rows": measured_rows(
                     engine.vllm_config.scheduler_config.max_num_seqs, engine.device
                 )[-1],

@@ -95,13 +95,17 @@ class Sampled:
         discarded: torch.Tensor,
         vocabulary: int,
     ) -> None:
-        valid = (token_ids >= 0) & (token_ids < vocabulary) & ~discarded[:, None]
+        if token_ids.shape[1] == 1:  # nothing was verified: a third of the launches
+            counts, newest = (~discarded).to(torch.int32), token_ids[:, 0]
+        else:
+            valid = (token_ids >= 0) & (token_ids < vocabulary) & ~discarded[:, None]
+            counts = valid.sum(dim=1, dtype=torch.int32)
+            last = (counts - 1).clamp_min(0).long()
+            newest = token_ids.gather(1, last[:, None])[:, 0]
         #: [B] int32: tokens a row got.
-        self.counts = valid.sum(dim=1, dtype=torch.int32)
-        last = (self.counts - 1).clamp_min(0).long()
-        newest = token_ids.gather(1, last[:, None])[:, 0]
+        self.counts = counts
         #: [B], the dtype of token_ids: 0 where a row got none.
-        self.newest = torch.where(self.counts > 0, newest, 0)
+        self.newest = torch.where(counts > 0, newest, 0)
 
 
 def draft(

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,19 +65,28 @@ class CudaCapture:
         return self._captured(step)
 
     def _captured(self, step: Step) -> Step:
-        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
-        try:
-            # thread_local: vLLM's other threads copy results meanwhile, and may.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                step()
-        except Exception:
-            # torch leaves its capture stream current, and the allocator capturing, where beginning
-            # or ending a capture fails; the target would go on there.
-            torch.cuda.set_stream(before)
-            with suppress(Exception):
-                torch._C._cuda_endAllocateToPool(before.device_index, self._pool)
-            raise
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: vLLM's other threads copy results meanwhile, and may.
+        with (
+            put_right(self._device, self._pool),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
+            step()
         return graph.replay
+
+
+@contextmanager
+def put_right(device: torch.device, pool: tuple[int, int]) -> Iterator[None]:
+    """Around a capture into a pool: where beginning or ending it fails, torch leaves its capture
+    stream current, and the allocator capturing; the target would go on there."""
+    before = torch.cuda.current_stream(device)
+    try:
+        yield
+    except Exception:
+        torch.cuda.set_stream(before)
+        with suppress(Exception):
+            torch._C._cuda_endAllocateToPool(before.device_index, pool)
+        raise
 
 
 def refusal(engine: Engine, most: int) -> str | None:

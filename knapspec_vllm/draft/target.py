@@ -48,7 +48,11 @@ class Target:
             where = _entered(where, self._runner.positions[:size])
             slots = torch.nn.functional.pad(slots, (0, size - len(slots)), value=-1)
             if graph["cudagraph_runtime_mode"].name == "FULL":
-                with self._blocks_of(rows), tokens_a_row(self._runner, tokens_per_row):
+                with (
+                    self._blocks_of(rows),
+                    self._real_metadata(),
+                    tokens_a_row(self._runner, tokens_per_row),
+                ):
                     yield lambda: self._whole(rows, tokens_per_row)
                 return
 
@@ -93,6 +97,21 @@ class Target:
             profile_seq_lens=rows.host_positions[0] + tokens_per_row,
         )
         return states
+
+    @contextmanager
+    def _real_metadata(self) -> Iterator[None]:
+        """A dummy step of vLLM 0.29 on asks for metadata as for a capture, in which some backends
+        (Triton, ROCm) make every context one token long."""
+        build = self._runner._build_attention_metadata
+
+        def built(*args: Any, **kwargs: Any) -> Any:
+            return build(*args, **{**kwargs, "for_cudagraph_capture": False})
+
+        self._runner._build_attention_metadata = built
+        try:
+            yield
+        finally:
+            del self._runner._build_attention_metadata  # the class's own again
 
     @contextmanager
     def _blocks_of(self, rows: DraftRows) -> Iterator[None]:

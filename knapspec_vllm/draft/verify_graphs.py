@@ -10,11 +10,15 @@ steps are captured for each number of tokens that a row may verify: 56 in 2 s an
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+
+from knapspec_vllm import ops
+from knapspec_vllm.draft.agreement import Agreement
+from knapspec_vllm.draft.graphs import put_right
 
 logger = logging.getLogger("vllm.knapspec")
 
@@ -47,44 +51,58 @@ class VerifyGraphs:
 
     def capture(self, runner: Any, capture: Callable[[Any], None]) -> None:
         """capture: vLLM's own, of a step with a descriptor, while it is capturing."""
+        self._rows.clear()
         if not self._wanted:
             return
-        config = runner.vllm_config
-        most_rows = config.scheduler_config.max_num_seqs
-        most_tokens = min(_MOST_TOKENS, config.compilation_config.max_cudagraph_capture_size or 0)
         if (refused := refusal(runner)) is not None:
             logger.info("KnapSpec has no graphs of whole verify steps: %s", refused)
             return
-        free = _free_bytes(runner.device)
+        agreement, free = Agreement(), _free_bytes(runner.device)
         try:
-            for tokens_per_row in range(2, self._most_tokens_per_row + 1):
-                sizes = padded_rows(min(most_rows, most_tokens // tokens_per_row))
-                with tokens_a_row(runner, tokens_per_row):
-                    self._capture(tokens_per_row, sizes, capture)
-        except torch.OutOfMemoryError as error:
-            if config.parallel_config.world_size > 1:  # the other ranks go on capturing
+            for tokens_per_row, rows in self._shapes(runner.vllm_config):
+                # vLLM has reserved nothing for them. On every rank or on none: they hold
+                # collectives.
+                if not agreement.share(2 * _free_bytes(runner.device) >= free):
+                    logger.warning(
+                        "KnapSpec stops at %d graphs of verify steps, which have taken half of the "
+                        "free memory; others replay pieces. Lower gpu_memory_utilization or "
+                        "num_speculative_tokens for all of them", len(self),
+                    )  # fmt: skip
+                    break
+                self._capture(runner, tokens_per_row, rows, capture)
+        except ops.launch_errors() as error:
+            if not agreement.alone:  # the other ranks go on capturing
                 raise
             logger.warning(
-                "KnapSpec had no memory for more than %d graphs of verify steps (%s); lower "
-                "gpu_memory_utilization or num_speculative_tokens", len(self), error,
+                "KnapSpec could not capture more than %d verify steps (%s); others replay pieces, "
+                'and "draft_graphs": 0 does not try', len(self), error, exc_info=error,
             )  # fmt: skip
         self.memory_bytes = max(0, free - _free_bytes(runner.device))
         logger.info(
-            "KnapSpec captured %d verify steps of 2 to %d tokens a row, %.2f GiB",
-            len(self), self._most_tokens_per_row, self.memory_bytes / (1 << 30),
+            "KnapSpec captured %d verify steps of up to %d tokens a row, %.2f GiB",
+            len(self), max(self._rows, default=0), self.memory_bytes / (1 << 30),
         )  # fmt: skip
 
+    def _shapes(self, config: Any) -> Iterator[tuple[int, int]]:
+        """(tokens per row, rows), short drafts first; of each, as vLLM does, more rows first:
+        fewer reuse their memory."""
+        most_rows = config.scheduler_config.max_num_seqs
+        most_tokens = min(_MOST_TOKENS, config.compilation_config.max_cudagraph_capture_size or 0)
+        for tokens_per_row in range(2, self._most_tokens_per_row + 1):
+            for rows in reversed(padded_rows(min(most_rows, most_tokens // tokens_per_row))):
+                yield tokens_per_row, rows
+
     def _capture(
-        self, tokens_per_row: int, sizes: Sequence[int], capture: Callable[[Any], None]
+        self, runner: Any, tokens_per_row: int, rows: int, capture: Callable[[Any], None]
     ) -> None:
-        for rows in reversed(sizes):  # as vLLM does: smaller ones reuse the memory of larger ones
-            before = self._rows.get(tokens_per_row, ())
-            self._rows[tokens_per_row] = (rows, *before)  # it asks `find` what it captures
-            try:
+        before = self._rows.get(tokens_per_row, ())
+        self._rows[tokens_per_row] = (rows, *before)  # it asks `find` what it captures
+        try:
+            with _undone(runner.device), tokens_a_row(runner, tokens_per_row):
                 capture(_descriptor(rows, tokens_per_row))
-            except BaseException:
-                self._rows[tokens_per_row] = before
-                raise
+        except BaseException:
+            self._rows[tokens_per_row] = before
+            raise
 
 
 def refusal(runner: Any) -> str | None:
@@ -126,6 +144,14 @@ def _descriptor(rows: int, tokens_per_row: int) -> Any:
     from vllm.forward_context import BatchDescriptor
 
     return BatchDescriptor(rows * tokens_per_row, num_reqs=rows, uniform=True)
+
+
+def _undone(device: torch.device) -> AbstractContextManager[None]:
+    if device.type != "cuda":
+        return nullcontext()
+    from vllm.platforms import current_platform
+
+    return put_right(device, current_platform.get_global_graph_pool())
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -6,6 +6,7 @@ Imported only in workers whose config selects KnapSpec.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from typing import Any
@@ -168,7 +169,15 @@ def _make_padding(original: Any) -> Any:
             return found
         from vllm.config import CUDAGraphMode
 
-        return CUDAGraphMode.FULL, batch, *found[2:]
+        *others, stats = found[2:]
+        if stats is not None:
+            stats = dataclasses.replace(
+                stats,
+                num_padded_tokens=batch.num_tokens,
+                num_paddings=batch.num_tokens - num_tokens,
+                runtime_mode=str(CUDAGraphMode.FULL),
+            )
+        return CUDAGraphMode.FULL, batch, *others, stats
 
     return _determine_batch_execution_and_padding
 

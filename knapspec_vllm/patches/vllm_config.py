@@ -47,6 +47,7 @@ def _make_post_init(original: Any) -> Any:
                 self.scheduler_config.async_scheduling = True
         if asynchronous and self.model_config is not None:
             self.model_config.disable_cascade_attn = True
+            logger.info("KnapSpec has vLLM schedule asynchronously, whatever it says above")
         if selected:
             refusals.check(self)
 

@@ -7,6 +7,7 @@ without a network. For each batch and context:
 plain      with --plain, stock vLLM as shipped, in a process layout of its own choosing
 declining  tokens a second where every round is declined
 drafting   the same where the planner decides; declined and drafting rounds of requests alternate
+alike      answers of the last two of them that are the same, token for token
 busy       share of the time in which the GPU computes, in either, and the kernels it spends it on
 step       one draft step of the plan that was drafted with, captured and launch by launch
 solve      one solve at the defaults and one with 48 reference tokens; no wait for the device
@@ -24,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from engine_solves import solves, spread
 from engines import proposer_of
 
 from knapspec_vllm.bench.provenance import provenance
@@ -77,7 +80,8 @@ def main() -> None:
             print(json.dumps({k: v for k, v in found["cells"][-1].items() if k not in long}))
             save()
     if not arguments.plain:
-        found["solves"] = solves(llm, prompt(max(arguments.context), 99, arguments.vocabulary))
+        request = prompt(max(arguments.context), 99, arguments.vocabulary)
+        found["solves"] = solves(llm, request, sampling(4))
         print(json.dumps(found["solves"]))
         found["knapspec"] = knapspec_state(llm)
         save()
@@ -103,6 +107,27 @@ def start(arguments: argparse.Namespace) -> Any:
     return LLM(**settings)
 
 
+@dataclass(frozen=True)
+class Run:
+    """One batch of requests."""
+
+    speed: float
+    """Tokens a second while every row decodes."""
+    tokens: list[list[int]]
+    counted: dict[str, Any]
+
+
+def alike(expected: list[list[int]], found: list[list[int]]) -> dict[str, Any]:
+    """Answers that are the same, and tokens up to the first that differs. In bfloat16 near-ties
+    turn out either way; a draft that were not verified would differ within a round or two."""
+    prefixes = [
+        next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
+        for x, y in zip(expected, found, strict=True)
+    ]
+    same = sum(n == len(x) for n, x in zip(prefixes, expected, strict=True))
+    return {"same": same, "of": len(expected), "tokens_up_to_a_difference": prefixes}
+
+
 class Cell:
     """One batch and context of an engine."""
 
@@ -113,7 +138,7 @@ class Cell:
 
     def plain(self) -> dict[str, Any]:
         self._run()
-        return {**self._facts(), "plain": spread([self._run()[0] for _ in range(ROUNDS)])}
+        return {**self._facts(), "plain": spread([self._run().speed for _ in range(ROUNDS)])}
 
     def knapspec(self) -> dict[str, Any]:
         planning = proposer_of(self._llm).planning
@@ -131,9 +156,9 @@ class Cell:
         for _ in range(3):  # solves, captures, learns
             run()
         declining(run)
-        rounds = [(declining(run)[0], run()) for _ in range(ROUNDS)]
-        declined = [speed for speed, _ in rounds]
-        drafted = [speed for _, (speed, _) in rounds]
+        rounds = [(declining(run), run()) for _ in range(ROUNDS)]
+        declined, drafted = ([one.speed for one in arm] for arm in zip(*rounds, strict=True))
+        last_declined, last_drafted = rounds[-1]
         state = knapspec_state(self._llm)
         assert state is not None
         found = {
@@ -141,7 +166,8 @@ class Cell:
             "declining": spread(declined),
             "drafting": spread(drafted),
             "ratio": spread([b / a for a, b in zip(declined, drafted, strict=True)]),
-            "counted": rounds[-1][1][1],
+            "alike": alike(last_declined.tokens, last_drafted.tokens),
+            "counted": last_drafted.counted,
             "state": {k: v for k, v in state.items() if k != "settings"},
             "kernels": {"declining": declining(self._busy), "drafting": self._busy()},
         }
@@ -152,12 +178,15 @@ class Cell:
     def _facts(self) -> dict[str, Any]:
         return {"batch": self._batch, "context": self._context}
 
-    def _run(self) -> tuple[float, dict[str, Any]]:
-        """(tokens a second while every row decodes, what was counted)."""
+    def _run(self) -> Run:
         result, counted, state = run_batch(self._llm, self._prompts, self._sampling, Turns())
         seconds, tokens = result["full"] or result["decode"]
         stats = (state or {}).get("stats", {})
-        return tokens / seconds, {"vllm": counted, "knapspec": stats}
+        return Run(
+            tokens / seconds,
+            [request["tokens"] for request in result["requests"]],
+            {"vllm": counted, "knapspec": stats},
+        )
 
     def _busy(self) -> dict[str, Any]:
         """Kernels of 16 tokens' decode by their share of the wall time; none on a CPU."""
@@ -206,79 +235,6 @@ class Cell:
         return found
 
 
-def solves(llm: Any, request: list[int]) -> dict[str, Any]:
-    """Milliseconds of solves with windows for one row, and of what the host spends until they are
-    under way, launch by launch and, where the server captured them, replayed."""
-    from knapspec_vllm.draft.branches import VllmBranches
-    from knapspec_vllm.planner.solver import ItemWeights, SolverSettings, start_solve
-
-    proposer = proposer_of(llm)
-    planning, engine, config = proposer.planning, proposer.engine, proposer.config
-    weights, settings = ItemWeights(1.0, 0.5, 3.0), SolverSettings.of(config)
-    found: dict[str, Any] = {}
-    choose = planning.choose
-
-    def timed(solve: Callable[[], Any]) -> dict[str, Any] | None:
-        host, total = [], []
-        for _ in range(6):
-            engine.synchronize()
-            began = time.perf_counter()
-            pending = solve()
-            host.append((time.perf_counter() - began) * 1e3)
-            engine.synchronize()
-            total.append((time.perf_counter() - began) * 1e3)
-            if pending is None:
-                return None
-            pending.result()
-        return {
-            "host_ms": spread(host[1:]),
-            "total_ms": spread(total[1:]),
-            "first_ms": total[0],
-            "waits": waits(solve),
-        }
-
-    def spy(batch: Any, most: int, references: Callable[[], Any], *rest: Any) -> Any:
-        if (
-            references() is None
-        ):  # scheduled ahead, a request's first step is one that nothing knows
-            return choose(batch, most, references, *rest)
-        planning.choose = choose
-        for per_row in (config.reference_tokens, 48 // config.reference_rows):
-            object.__setattr__(config, "reference_tokens", per_row)
-            given = references()
-
-            def launched(given: Any = given) -> Any:
-                with torch.inference_mode():
-                    runner = VllmBranches(engine, proposer.geometry, given)
-                    return start_solve(runner, weights, settings)
-
-            def replayed(given: Any = given) -> Any:
-                graphs = planning.solving.graphs
-                return None if graphs is None else graphs.start(given, weights)
-
-            name = f"{len(given.tokens)} reference tokens"
-            found[name] = {"launched": timed(launched), "replayed": timed(replayed)}
-        return choose(batch, most, references, *rest)
-
-    planning.choose = spy
-    run_batch(llm, [request], sampling(4), Turns())
-    return found
-
-
-def waits(action: Callable[[], object]) -> str | None:
-    """Where a GPU was waited for, as torch words it."""
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        action()
-    except RuntimeError as error:
-        return str(error)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return None
-
-
 def prompt(length: int, seed: int, vocabulary: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     lowest = min(1000, vocabulary // 2)  # above what tokenizers keep for themselves
@@ -287,10 +243,6 @@ def prompt(length: int, seed: int, vocabulary: int) -> list[int]:
 
 def sampling(tokens: int) -> dict[str, Any]:
     return {"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "detokenize": False}
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 if __name__ == "__main__":

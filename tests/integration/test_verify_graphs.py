@@ -14,6 +14,7 @@ import torch
 from engines import assert_same_tokens, engine, greedy, proposer_of
 
 from knapspec_vllm.bench.checkpoints import random_checkpoint
+from knapspec_vllm.draft import verify_graphs
 
 pytestmark = pytest.mark.slow
 
@@ -96,6 +97,29 @@ def test_vllm_captures_them(monkeypatch: pytest.MonkeyPatch) -> None:
         assert graphs.find(11, 5, 3) is None, "rows of several lengths"
         assert graphs.find(15, 5, 3) is None, "more rows than captured"
         assert graphs.find(10, 2, 5) is None, "longer than any draft"
+
+        # Once more, as after a sleep; now memory ends, and it says what to do.
+        left = iter([100, 100, 60, 40, 40])
+        monkeypatch.setattr(verify_graphs, "_free_bytes", lambda _: next(left))
+        said = []
+        monkeypatch.setattr(
+            verify_graphs.logger, "warning", lambda text, *a, **_: said.append(text % a)
+        )
+        runner._capture_cudagraphs([own], CUDAGraphMode.FULL)
+        assert len(graphs) == 2
+        assert graphs.memory_bytes == 60
+        assert "stops at 2 graphs" in said[0]
+
+        def fails(batch: Any, *_: Any, **__: Any) -> None:
+            if batch.num_reqs == 2:
+                raise RuntimeError("CUDA error: out of memory")
+
+        monkeypatch.setattr(verify_graphs, "_free_bytes", lambda _: 100)
+        monkeypatch.setattr(runner, "_warmup_and_capture", fails)
+        runner._capture_cudagraphs([own], CUDAGraphMode.FULL)
+        assert graphs._rows == {2: (4, 6)}
+        assert "could not capture more than 2 verify steps (CUDA error" in said[1]
+        assert runner.uniform_decode_query_len == 1
 
 
 @pytest.mark.gpu

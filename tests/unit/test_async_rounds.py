@@ -22,6 +22,14 @@ def test_newest_tokens_of_a_verified_step() -> None:
     assert sampled.newest.dtype == torch.int32, "vLLM scatters them into its int32 input ids"
 
 
+def test_newest_tokens_of_a_plain_step() -> None:
+    ids, discarded = torch.tensor([[7], [6]], dtype=torch.int32), torch.tensor([False, True])
+    with no_host_sync():
+        sampled = Sampled(ids, discarded, vocabulary=100)
+    assert (sampled.counts.tolist(), sampled.newest.tolist()) == ([1, 0], [7, 0])
+    assert (sampled.counts.dtype, sampled.newest.dtype) == (torch.int32, torch.int32)
+
+
 def test_tokens_that_are_none_do_not_count() -> None:
     """vLLM's sampler may leave ids beyond the vocabulary behind the last valid one."""
     sampled = Sampled(torch.tensor([[5, 100]], dtype=torch.int32), torch.tensor([False]), 100)
