@@ -90,8 +90,9 @@ class KnapSpecConfig:
     """The solver drops a partial plan whose hidden states fall below this cosine. Below 0.85 the
     draft agrees with the target on a third of the tokens or fewer (SmolLM2), which never pays."""
 
-    prior_weight: float = 8.0
-    """Strength of the acceptance prior, in tokens."""
+    prior_weight: float = 16.0
+    """Strength of what the distance of a plan's last states to the target's says of its acceptance,
+    in tokens."""
 
     feedback_half_life: float = 256.0
     """Drafted tokens of later rounds after which an acceptance observation counts half."""

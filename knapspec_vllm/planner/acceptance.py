@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Acceptance: how likely a drafted token of a plan is accepted, given those before it were.
 
-A plan starts from the solver's top-1 agreement, a few dozen trials of which the planner picks the
-luckiest, so it is shrunk toward the pooled mean of all plans (a Beta prior). Verification then
-tells the truth, round by round, with exponential forgetting.
+A plan starts from how far its states end from the target's (`slope`), and from the solver's top-1
+agreement, a few dozen trials of which the planner picks the luckiest (a Beta prior). Verification
+then tells the truth, round by round, with exponential forgetting.
 
 What verification says of the plans that draft also says something of the others: text may be
-harder than the reference tokens were, or the context longer. So the odds that the solver gives are
-divided, for all plans alike, by how many more rejections there were than it led to expect. Without
-it every plan that has not drafted yet looks better than those that have, and is tried in its turn:
-predictions were 10% too high at 5,000 tokens of context (block-expanded SmolLM2).
+harder than the reference tokens were, or the context longer. So it changes the slope that all
+share. Without it every plan that has not drafted yet looks better than those that have, and is
+tried in its turn: predictions were 10% too high at 5,000 tokens of context (block-expanded
+SmolLM2). As much for plans near the target as for those far from it would be wrong too: a plan of
+0.94 that skipped more than it should kept drafting where lighter ones had 0.98 (the same model).
 
 Drafts of a plan are not accepted alike at every length of context: windows see a smaller part of a
 longer one. So what verification says is kept by context length, and of the other lengths counts no
@@ -31,13 +32,16 @@ from dataclasses import dataclass, field
 
 from knapspec_vllm.metrics.stats import CONTEXT_BOUNDS
 from knapspec_vllm.planner.objective import expected_tokens
-from knapspec_vllm.planner.types import Plan
+from knapspec_vllm.planner.selection import smoothed_hits
+from knapspec_vllm.planner.slope import Slope, distance_of
+from knapspec_vllm.planner.types import Plan, PlanEstimate
 
 NEUTRAL_ALPHA = 0.7
-"""Pooled mean before anything is known; counts as NEUTRAL_TRIALS tokens."""
-NEUTRAL_TRIALS = 4.0
-SHARED_PRIOR = 2.0
-"""Rejections, seen and expected, that no difference between the two counts as."""
+"""Of a plan of which nothing is known."""
+HITS_COUNT = 0.5
+"""What an agreeing reference token counts: 16 of them say less than the distance does."""
+_LEARN_EVERY = 16.0
+"""Verified tokens from one look at the slope to the next: a look takes 0.1 ms."""
 DRIFT_MIN_TRIALS = 32.0
 """Below this many remembered verified tokens a plan's drift is not reported."""
 VERSION_STEP = 0.005
@@ -49,11 +53,8 @@ KEPT_PRIOR = 32.0
 tokens are remembered at the default half-life: of 64 a fifth of a shortfall was never believed."""
 _LEAST_KEPT = 0.5
 _LEAST_WEIGHT = 1e-9
-_ODDS_STEP = 0.05
-"""The same for what all plans share: it moves an alpha by 0.0125 at most."""
-_LEAST_RATIO, _MOST_RATIO = 0.5, 4.0
-"""A plan that is worse or better than its estimate for reasons of its own says no more than this of
-the others: at most 0.97 becomes 0.89, and 0.7 becomes 0.82."""
+_SLOPE_STEP = 0.05
+"""The same for the logarithm of the slope: it moves an alpha by 0.018 at most."""
 
 
 @dataclass
@@ -71,6 +72,10 @@ class _Evidence:
     hits: float = 0.0
     """Solver's agreeing reference tokens, of `trials`."""
     trials: float = 0.0
+    distance: float | None = None
+    """Of its last states to the target's; None: not known."""
+    recent: tuple[float, float] = (0.0, 0.0)
+    """Verified (accepted, rejected), decayed by all that was drafted since, with whatever plan."""
     seen: dict[int, _Seen] = field(default_factory=dict)
     """By bucket of the context's length."""
 
@@ -79,6 +84,10 @@ class _Evidence:
         for seen in self.seen.values():
             seen.accepted *= share
             seen.rejected *= share
+
+    def age(self, share: float) -> None:
+        """What of it is recent."""
+        self.recent = share * self.recent[0], share * self.recent[1]
 
     def verified(self, bucket: int | None = None) -> tuple[float, float]:
         """(accepted, rejected): all of them, or what they say of one bucket."""
@@ -107,33 +116,31 @@ class _Promise:
 class AcceptanceModel:
     """Beta estimates per plan. Deterministic: equal inputs give equal numbers on every rank."""
 
-    def __init__(self, prior_weight: float = 8.0, feedback_half_life: float = 256.0) -> None:
-        """prior_weight: strength of the pooled mean, in tokens. half life: in drafted tokens."""
+    def __init__(self, prior_weight: float = 16.0, feedback_half_life: float = 256.0) -> None:
+        """prior_weight: of what the distance says, in tokens. half life: in drafted tokens."""
         if prior_weight < 0 or feedback_half_life <= 0:
             raise ValueError("prior_weight must be >= 0 and feedback_half_life > 0")
         self._prior_weight = prior_weight
         self._decay_log = math.log(0.5) / feedback_half_life
         self._plans: dict[Plan, _Evidence] = {}
-        self._pool_hits = 0.0
-        self._pool_trials = 0.0
-        #: Rejections of all plans, decayed with time, and how many the solver's agreement said.
-        self._rejected = 0.0
-        self._expected = 0.0
-        self._published_odds = 1.0
+        self._slope = Slope()
+        self._published_slope = self._slope.value
+        self._unlearned = 0.0
+        """Tokens verified since the slope was looked at."""
         self._promises: dict[int, _Promise] = {}
         self.version = 0
         """Grows whenever some alpha has moved by VERSION_STEP or more."""
 
-    def prior(self, plan: Plan, hits: float, trials: int) -> None:
-        """Sets the solver's agreement of a plan; what verification taught keeps counting half."""
-        if not 0 <= hits <= trials:
-            raise ValueError(f"hits must lie in 0..trials, got {hits} of {trials}")
-        evidence = self._plans.setdefault(plan, _Evidence())
-        self._pool_hits += hits - evidence.hits
-        self._pool_trials += trials - evidence.trials
-        evidence.hits, evidence.trials = hits, float(trials)
-        evidence.keep(0.5)
-        self.version += 1
+    def priors(self, estimates: Sequence[PlanEstimate]) -> None:
+        """What the solver says of a frontier's plans, in its order; what verification taught of
+        them keeps counting half."""
+        for estimate, hits in zip(estimates, smoothed_hits(estimates), strict=True):
+            evidence = self._plans.setdefault(estimate.plan, _Evidence())
+            evidence.hits, evidence.trials = hits, float(estimate.trials)
+            evidence.distance = distance_of(estimate.cosine) if estimate.trials else None
+            evidence.keep(0.5)
+            evidence.age(0.5)
+        self._relearn()
 
     def observe(self, plan: Plan, rows: Sequence[tuple[int, int]], context: float = 0) -> None:
         """One verified round of a plan. rows: (accepted, drafted) tokens of each: `accepted`
@@ -158,12 +165,12 @@ class AcceptanceModel:
         own = evidence.seen.setdefault(_bucket(context), _Seen())
         own.accepted = own.accepted * keep + accepted
         own.rejected = own.rejected * keep + rejected
-        expected = (accepted + rejected) * (1.0 - self._solver_mean(evidence))
-        self._rejected = self._rejected * keep + rejected
-        self._expected = self._expected * keep + expected
-        if abs(math.log(self._odds_ratio() / self._published_odds)) >= _ODDS_STEP:
-            self._published_odds = self._odds_ratio()
-            self.version += 1
+        for known in self._plans.values():
+            known.age(keep)
+        evidence.recent = evidence.recent[0] + accepted, evidence.recent[1] + rejected
+        self._unlearned += accepted + rejected
+        if self._unlearned >= _LEARN_EVERY:
+            self._learn_slope()
         alpha = self.alpha(plan, context)
         if abs(alpha - own.published) >= VERSION_STEP:
             own.published = alpha
@@ -194,24 +201,35 @@ class AcceptanceModel:
         """Drops a share of what verification taught, so that a declined plan gets another try."""
         for evidence in self._plans.values():
             evidence.keep(1.0 - share)
+            evidence.age(1.0 - share)
         for promise in self._promises.values():
             promise.accepted *= 1.0 - share
             promise.promised *= 1.0 - share
-        ratio = self._odds_ratio() ** (1.0 - share)
-        self._expected *= 1.0 - share
-        self._rejected = max(0.0, (self._expected + SHARED_PRIOR) * ratio - SHARED_PRIOR)
+        self._learn_slope()
         self.version += 1
 
     def retain(self, plans: set[Plan]) -> None:
         """Forgets every plan not in `plans`; a long-lived server meets many frontiers. So is what
-        plans have shown together: the solver that found these has seen the text that showed it. It
-        has not seen how rows differ, so what is kept of promises stays."""
-        self._rejected = self._expected = 0.0
+        the others have shown of all plans: the solver that found these has seen the text that
+        showed it. It has not seen how rows differ, so what is kept of promises stays."""
         for plan in [plan for plan in self._plans if plan not in plans]:
-            evidence = self._plans.pop(plan)
-            self._pool_hits -= evidence.hits
-            self._pool_trials -= evidence.trials
+            del self._plans[plan]
+        self._relearn()
+
+    def _relearn(self) -> None:
+        """Everything about the slope, of the plans that are known."""
+        known = [e for e in self._plans.values() if e.distance is not None and e.trials]
+        self._slope.learn_references((e.distance or 0.0, e.hits, e.trials) for e in known)
+        self._learn_slope()
         self.version += 1
+
+    def _learn_slope(self) -> None:
+        self._unlearned = 0.0
+        known = [e for e in self._plans.values() if e.distance is not None]
+        self._slope.learn_verified((e.distance or 0.0, *e.recent) for e in known)
+        if abs(math.log(self._slope.value / self._published_slope)) >= _SLOPE_STEP:
+            self._published_slope = self._slope.value
+            self.version += 1
 
     def alpha(self, plan: Plan, context: float | None = None) -> float:
         """Mean of the plan's posterior, 0..1. context: a row's tokens; None: over all lengths."""
@@ -249,26 +267,21 @@ class AcceptanceModel:
             return 0.0
         return accepted / (accepted + rejected) - self._solver_mean(evidence)
 
-    def _pooled_mean(self) -> float:
-        hits = self._pool_hits + NEUTRAL_TRIALS * NEUTRAL_ALPHA
-        return hits / (self._pool_trials + NEUTRAL_TRIALS)
-
     def _solver_mean(self, evidence: _Evidence) -> float:
-        trials = evidence.trials + self._prior_weight
-        hits = evidence.hits + self._prior_weight * self._pooled_mean()
-        return hits / trials if trials else self._pooled_mean()
-
-    def _odds_ratio(self) -> float:
-        """Rejections seen over rejections expected, shrunk toward 1."""
-        ratio = (self._rejected + SHARED_PRIOR) / (self._expected + SHARED_PRIOR)
-        return min(max(ratio, _LEAST_RATIO), _MOST_RATIO)
+        """As the reference tokens alone have it."""
+        trials = HITS_COUNT * evidence.trials + self._prior_weight
+        expected = NEUTRAL_ALPHA
+        if evidence.distance is not None:
+            expected = math.exp(-self._slope.solver * evidence.distance)
+        hits = HITS_COUNT * evidence.hits + self._prior_weight * expected
+        return hits / trials if trials else expected
 
     def _posterior(self, plan: Plan, context: float | None) -> tuple[float, float]:
         """(successes, trials) of prior, solver and verification together; trials > 0."""
         evidence = self._plans.get(plan) or _Evidence()
-        mean = self._solver_mean(evidence)
-        mean /= mean + (1.0 - mean) * self._odds_ratio()
-        weight = max(evidence.trials + self._prior_weight, _LEAST_WEIGHT)
+        # exp(-slope * distance) at the slope that verification says.
+        mean = self._solver_mean(evidence) ** (self._slope.value / self._slope.solver)
+        weight = max(HITS_COUNT * evidence.trials + self._prior_weight, _LEAST_WEIGHT)
         bucket = None if context is None else _bucket(context)
         accepted, rejected = evidence.verified(bucket)
         return mean * weight + accepted, weight + accepted + rejected

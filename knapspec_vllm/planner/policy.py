@@ -20,7 +20,6 @@ from knapspec_vllm.planner.costs import CostModel
 from knapspec_vllm.planner.plain_rounds import PlainRounds
 from knapspec_vllm.planner.probes import Probes
 from knapspec_vllm.planner.resolve import ResolveRule
-from knapspec_vllm.planner.selection import smoothed_hits
 from knapspec_vllm.planner.speedups import Rates, SpeedupTable
 from knapspec_vllm.planner.types import Batch, Choice, Frontier, Plan, PlanEstimate
 
@@ -173,9 +172,7 @@ class Policy:
 
     def _install(self, frontier: Frontier) -> None:
         self._acceptance.retain({estimate.plan for estimate in frontier.estimates})
-        hits = smoothed_hits(frontier.estimates)
-        for estimate, count in zip(frontier.estimates, hits, strict=True):
-            self._acceptance.prior(estimate.plan, count, estimate.trials)
+        self._acceptance.priors(frontier.estimates)
         self._frontier = frontier
         self._tables.clear()
 

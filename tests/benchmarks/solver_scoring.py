@@ -6,8 +6,8 @@ Three ways to price a frontier:
 - choice: that same plan and length, priced with its agreement on the stretch behind the window;
 - known: the best plan and length had the agreement on the stretch been known.
 Two rules of what to believe (RULES), to be compared like with like: the solver's own agreement of
-every plan, as published; or what our planner makes of the same plans. Both are shrunk by a Beta
-prior of fixed mean and weight. Agreement on the stretch is used as it is.
+every plan, as published, shrunk by a Beta prior of fixed mean and weight; or what our planner
+believes of the same plans. Agreement on the stretch is used as it is.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from knapspec_vllm.config import KnapSpecConfig
-from knapspec_vllm.planner.acceptance import NEUTRAL_ALPHA
+from knapspec_vllm.planner.acceptance import NEUTRAL_ALPHA, AcceptanceModel
 from knapspec_vllm.planner.costs import CostModel
 from knapspec_vllm.planner.curves import Curve
-from knapspec_vllm.planner.selection import pareto, smoothed_hits
+from knapspec_vllm.planner.selection import pareto
 from knapspec_vllm.planner.solver import ItemWeights
 from knapspec_vllm.planner.speedups import Rates, SpeedupTable
 from knapspec_vllm.planner.types import Batch, Mode, Plan, PlanEstimate
@@ -32,6 +32,7 @@ LEVELS = (0.1, 0.2, 0.3)
 """Shares of item time saved at which agreement is compared."""
 LENGTHS = tuple(range(1, 9))
 _EPSILON = 1e-6
+_PUBLISHED_WEIGHT = 8.0
 
 # SmolLM2-135M, one row of 0.2k tokens, vLLM CPU 0.32, bf16, eager, two AVX-512/AMX cores. Engine
 # step by tokens per row, and one draft forward of everything, of which the head (21% of the bytes)
@@ -120,12 +121,12 @@ class Ranked:
 
     @classmethod
     def as_planned(cls, estimates: Sequence[PlanEstimate], pricing: Pricing) -> Ranked:
-        """As our planner does: undominated in saving and cosine, agreement smoothed."""
+        """As our planner does: undominated in saving and cosine, before anything is verified."""
         pairs = [(pricing.saved(estimate.plan), estimate) for estimate in estimates]
         frontier = pareto(pairs, max(len(pairs), 1))
-        hits = smoothed_hits(frontier)
-        alphas = [_shrunk(count, e.trials) for count, e in zip(hits, frontier, strict=True)]
-        return cls(list(frontier), alphas)
+        acceptance = AcceptanceModel(KnapSpecConfig().prior_weight)
+        acceptance.priors(frontier)
+        return cls(list(frontier), [acceptance.alpha(estimate.plan) for estimate in frontier])
 
     def at_level(self, pricing: Pricing, level: float) -> PlanEstimate | None:
         """The best plan, by belief and then cosine, that saves at least `level`."""
@@ -143,8 +144,7 @@ RULES = {"published": Ranked.as_published, "planned": Ranked.as_planned}
 
 
 def _shrunk(hits: float, trials: int) -> float:
-    weight = KnapSpecConfig().prior_weight
-    return (hits + weight * NEUTRAL_ALPHA) / (trials + weight)
+    return (hits + _PUBLISHED_WEIGHT * NEUTRAL_ALPHA) / (trials + _PUBLISHED_WEIGHT)
 
 
 def needed(estimates: Sequence[PlanEstimate], pricing: Pricing) -> list[Plan]:

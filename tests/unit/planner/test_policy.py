@@ -100,8 +100,8 @@ def test_hysteresis_keeps_the_current_pair():
         )
         first = made.choose(BATCH, 4)
         assert (first.plan, first.draft_length) == (HALF, 4)
-        acceptance.prior(LIGHT, 1000, 1000)
-        acceptance.prior(HALF, alpha_half, 1000)
+        found = frontier((LIGHT, 1000), (HALF, alpha_half))
+        acceptance.priors(found.estimates)
         return made.choose(BATCH, 4)
 
     # At 0.86 length 3 beats length 4, by 2%.
