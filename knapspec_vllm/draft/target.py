@@ -27,7 +27,8 @@ class Target:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self._model = runner.model
+        #: The compiled (or eager) module.
+        self.model = runner.model
         self._table = runner.input_batch.block_table[0]
 
     @contextmanager
@@ -66,7 +67,7 @@ class Target:
                 tokens_per_row,
             )
             with metadata.active(built, slots, **(graph or {})):
-                return self._model(
+                return self.model(
                     input_ids=ids, positions=where, intermediate_tensors=None, inputs_embeds=None
                 )
 

@@ -38,7 +38,7 @@ def hidden_states(eng, tokens: list[list[int]]) -> tuple[torch.Tensor, ...]:
     metadata = StepMetadata(eng)
     built = metadata.build(table, torch.full((rows,), q), slots, flat, q, tokens_per_row=q)
     with metadata.active(built, slots):
-        own = eng.target(
+        own = eng.target.model(
             input_ids=ids.int(), positions=flat, intermediate_tensors=None, inputs_embeds=None
         ).clone()
         full = Plan.full(eng.view.num_layers)
