@@ -23,9 +23,10 @@ def snapshot(proposer: KnapSpecProposer) -> dict[str, Any]:
         "calibration": dict(proposer.calibration),
         "memory_bytes": dict(proposer.memory_bytes),
     }
-    if proposer.engine is not None and proposer.drafter.graphs is not None:
-        taken = proposer.drafter.graphs.memory_bytes + proposer.verify_graphs.memory_bytes
-        state["memory_bytes"]["graph"] = taken
+    graphs = None if proposer.engine is None else proposer.drafter.graphs
+    if graphs is not None or len(proposer.verify_graphs):
+        taken = 0 if graphs is None else graphs.memory_bytes
+        state["memory_bytes"]["graph"] = taken + proposer.verify_graphs.memory_bytes
     planning = proposer.planning
     if planning is None:
         return state
