@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beta estimates: priors, feedback, forgetting."""
+"""Beta estimates: priors, feedback, forgetting.
+
+Over 300 lines because every test reads the same model of a few plans.
+"""
 
 import math
 import random
