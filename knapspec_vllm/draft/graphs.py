@@ -127,6 +127,13 @@ class StepSource(Protocol):
         """The plan's step over a state; longest: upper bound of its rows' lengths."""
 
 
+def padded_rows(most: int) -> list[int]:
+    """Batches that are captured, ascending: powers of two up to 8, then multiples of 8, and `most`
+    itself."""
+    sizes = {*(n for n in (1, 2, 4, 8) if n <= most), *range(16, most + 1, 8)}
+    return sorted(sizes | ({most} if most > 0 else set()))
+
+
 class StepGraphs:
     """The captured steps of one drafter, at most `most` of them."""
 
@@ -147,6 +154,7 @@ class StepGraphs:
         self._source, self._engine, self._capture = source, engine, capture
         self._draft_length, self._most, self._results = draft_length, most, results
         self._rows = engine.vllm_config.scheduler_config.max_num_seqs
+        self._sizes = padded_rows(self._rows)
         #: [rows, W] int32: where the states keep their rows' blocks, as one drafts at a time.
         self._block_table: torch.Tensor | None = None
         #: By number of rows; shared by all plans.
@@ -196,9 +204,7 @@ class StepGraphs:
         self._evicted = self.memory_bytes = 0
 
     def _padded(self, rows: int) -> int:
-        """Powers of two up to 8, then multiples of 8, within the largest batch."""
-        size = 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
-        return min(size, self._rows)
+        return next(size for size in self._sizes if size >= rows)
 
     def _add(self, key: Key) -> CapturedStep | None:
         plan, rows = key

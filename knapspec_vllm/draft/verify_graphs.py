@@ -18,7 +18,7 @@ import torch
 
 from knapspec_vllm import ops
 from knapspec_vllm.draft.agreement import Agreement
-from knapspec_vllm.draft.graphs import put_right
+from knapspec_vllm.draft.graphs import padded_rows, put_right
 
 logger = logging.getLogger("vllm.knapspec")
 
@@ -122,13 +122,6 @@ def refusal(runner: Any) -> str | None:
     return None
 
 
-def padded_rows(most: int) -> list[int]:
-    """Batches that are captured, ascending: powers of two up to 8, then multiples of 8, and `most`
-    itself."""
-    sizes = {*(n for n in (1, 2, 4, 8) if n <= most), *range(16, most + 1, 8)}
-    return sorted(sizes | ({most} if most > 0 else set()))
-
-
 @contextmanager
 def tokens_a_row(runner: Any, tokens_per_row: int) -> Iterator[None]:
     """Inside, a dummy step of the runner that is to be uniform feeds so many tokens a row."""
@@ -155,4 +148,5 @@ def _undone(device: torch.device) -> AbstractContextManager[None]:
 
 
 def _free_bytes(device: torch.device) -> int:
+    """Without returning what torch has cached, which vLLM's captures reuse."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0

@@ -84,6 +84,7 @@ class _Evidence:
         for seen in self.seen.values():
             seen.accepted *= share
             seen.rejected *= share
+        self.age(share)
 
     def age(self, share: float) -> None:
         """What of it is recent."""
@@ -139,7 +140,6 @@ class AcceptanceModel:
             evidence.hits, evidence.trials = hits, float(estimate.trials)
             evidence.distance = distance_of(estimate.cosine) if estimate.trials else None
             evidence.keep(0.5)
-            evidence.age(0.5)
         self._relearn()
 
     def observe(self, plan: Plan, rows: Sequence[tuple[int, int]], context: float = 0) -> None:
@@ -201,7 +201,6 @@ class AcceptanceModel:
         """Drops a share of what verification taught, so that a declined plan gets another try."""
         for evidence in self._plans.values():
             evidence.keep(1.0 - share)
-            evidence.age(1.0 - share)
         for promise in self._promises.values():
             promise.accepted *= 1.0 - share
             promise.promised *= 1.0 - share
@@ -218,18 +217,20 @@ class AcceptanceModel:
 
     def _relearn(self) -> None:
         """Everything about the slope, of the plans that are known."""
-        known = [e for e in self._plans.values() if e.distance is not None and e.trials]
-        self._slope.learn_references((e.distance or 0.0, e.hits, e.trials) for e in known)
+        self._slope.learn_references((d, e.hits, e.trials) for d, e in self._placed())
         self._learn_slope()
         self.version += 1
 
     def _learn_slope(self) -> None:
         self._unlearned = 0.0
-        known = [e for e in self._plans.values() if e.distance is not None]
-        self._slope.learn_verified((e.distance or 0.0, *e.recent) for e in known)
+        self._slope.learn_verified((d, *e.recent) for d, e in self._placed())
         if abs(math.log(self._slope.value / self._published_slope)) >= _SLOPE_STEP:
             self._published_slope = self._slope.value
             self.version += 1
+
+    def _placed(self) -> list[tuple[float, _Evidence]]:
+        """The plans whose distance the solver has measured, with it."""
+        return [(e.distance, e) for e in self._plans.values() if e.distance is not None]
 
     def alpha(self, plan: Plan, context: float | None = None) -> float:
         """Mean of the plan's posterior, 0..1. context: a row's tokens; None: over all lengths."""

@@ -57,9 +57,11 @@ class Slope:
         plans together count as often as one has trials."""
         plans = list(plans)
         self._likelihood = _PRIOR
+        share = 1.0 / max(1, len(plans))
         for distance, hits, trials in plans:
-            share = 1.0 / len(plans)
-            self._add(distance, share * hits, share * (trials - hits))
+            self._likelihood = _with(
+                self._likelihood, distance, share * hits, share * (trials - hits)
+            )
         self.solver = self.value = _best(self._likelihood)
 
     def learn_verified(self, plans: Iterable[tuple[float, float, float]]) -> None:
@@ -67,21 +69,25 @@ class Slope:
         plans = list(plans)
         total = sum(accepted + rejected for _, accepted, rejected in plans)
         share = min(1.0, _MOST_VERIFIED / total) if total > 0 else 0.0
-        before = self._likelihood
+        likelihood = self._likelihood
         for distance, accepted, rejected in plans:
-            self._add(distance, share * accepted, share * rejected)
-        value, self._likelihood = _best(self._likelihood), before
-        self.value = min(max(value, _LEAST_RATIO * self.solver), _MOST_RATIO * self.solver)
+            likelihood = _with(likelihood, distance, share * accepted, share * rejected)
+        least, most = _LEAST_RATIO * self.solver, _MOST_RATIO * self.solver
+        self.value = min(max(_best(likelihood), least), most)
 
-    def _add(self, distance: float, accepted: float, rejected: float) -> None:
-        if not accepted + rejected > 0:
-            return
-        self._likelihood = [
-            before
-            - accepted * slope * distance
-            + rejected * math.log(max(-math.expm1(-slope * distance), _LEAST_REJECTED))
-            for before, slope in zip(self._likelihood, _SLOPES, strict=True)
-        ]
+
+def _with(
+    likelihood: list[float], distance: float, accepted: float, rejected: float
+) -> list[float]:
+    """The logarithms of the likelihood of `_SLOPES`, these tokens seen too."""
+    if not accepted + rejected > 0:
+        return likelihood
+    return [
+        before
+        - accepted * slope * distance
+        + rejected * math.log(max(-math.expm1(-slope * distance), _LEAST_REJECTED))
+        for before, slope in zip(likelihood, _SLOPES, strict=True)
+    ]
 
 
 def _best(likelihood: list[float]) -> float:

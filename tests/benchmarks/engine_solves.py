@@ -47,9 +47,7 @@ def solves(llm: Any, request: list[int], sampling: dict[str, Any]) -> dict[str, 
         }
 
     def spy(batch: Any, most: int, references: Callable[[], Any], *rest: Any) -> Any:
-        if (
-            references() is None
-        ):  # scheduled ahead, a request's first step is one that nothing knows
+        if references() is None:  # of a request's first step, where vLLM schedules ahead
             return choose(batch, most, references, *rest)
         planning.choose = choose
         for per_row in (config.reference_tokens, 48 // config.reference_rows):
