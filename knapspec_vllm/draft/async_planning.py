@@ -28,8 +28,8 @@ from knapspec_vllm.draft.planning import Verified
 from knapspec_vllm.draft.references import References, newest_references
 from knapspec_vllm.draft.round_clock import interrupted
 from knapspec_vllm.draft.rows import Candidates
+from knapspec_vllm.draft.runner_rows import of_scheduler
 from knapspec_vllm.planner.types import Batch
-from knapspec_vllm.request_options import admitted_limit
 
 if TYPE_CHECKING:
     from knapspec_vllm.draft.proposer import KnapSpecProposer
@@ -127,6 +127,7 @@ class AsyncPlanning:
         if found is None:
             return
         before, self._last = self._last, found
+        self._proposer.count_verified(scheduler_output)
         gained = self._feedback(scheduler, scheduler_output, output, found)
         if found.sampled is None or found.drafted is None:
             return  # no row was sampled
@@ -141,42 +142,22 @@ class AsyncPlanning:
         planning, stats, engine = proposer.planning, proposer.stats, proposer.engine
         assert planning is not None
         assert engine is not None
-        most = min(proposer.num_speculative_tokens, engine.most_drafts(len(rows)))
-        limits, opted_out = [], 0
-        for request, computed in rows:
-            asked = admitted_limit(getattr(request.sampling_params, "extra_args", None))
-            opted_out += asked == 0
-            bounds = {
-                "request": most if asked is None else asked,
-                "max_model_len": engine.max_model_len - 2 - computed,
-                "max_tokens": _most_remaining(request) - 1,
-            }
-            bound = min(bounds.values())
-            if bound < most:
-                stats.clipped_rows[min(bounds, key=bounds.__getitem__)] += 1
-            limits.append(max(0, min(bound, most)))
-        candidates = Candidates(
-            index=[],
-            req_ids=[request.request_id for request, _ in rows],
-            tokens=[],
-            positions=[request.num_tokens - 1 for request, _ in rows],
-            limits=limits,
-            opted_out=opted_out,
-        )
+        candidates = of_scheduler(rows, engine, proposer.num_speculative_tokens, stats)
         batch = Batch(len(rows), candidates.context_tokens, candidates.room)
         solved_us = stats.phase_us["solve"]
         choice = planning.choose(
             batch,
-            max(limits),
+            max(candidates.limits),
             lambda: self._references([request for request, _ in rows], candidates),
-            opted_out == len(rows),
+            candidates.opted_out == len(rows),
         )
         solve_us = stats.phase_us["solve"] - solved_us
         length = 0 if choice.plan is None else choice.draft_length
+        lengths = proposer.verify_graphs.lengths(candidates, length)
         return Decision(
             choice=choice,
             batch=batch,
-            limits={r: min(n, length) for r, n in zip(candidates.req_ids, limits, strict=True)},
+            limits=dict(zip(candidates.req_ids, lengths, strict=True)),
             longest=max(computed for _, computed in rows) + 1 + length,
             solving=solve_us > 0 or planning.solving.under_way,
             own_us=max(0.0, (time.perf_counter() - started) * 1e6 - solve_us),
@@ -196,7 +177,8 @@ class AsyncPlanning:
             # The newest known token may have been sampled in a step that is still computed, and
             # a block table reaches as far as the last step did.
             positions=[candidates.positions[i] - 1 for i in known],
-            limits=[],
+            bounds=[],
+            left=[],
         )
         by_place = {places[candidates.req_ids[i]]: requests[i] for i in known}
         config, table = proposer.config, batch.block_table[0].get_device_tensor(len(places))
@@ -221,8 +203,8 @@ class AsyncPlanning:
         for req_id, place in output.req_id_to_index.items():
             tokens = output.sampled_token_ids[place] if output.sampled_token_ids else []
             request = scheduler.requests.get(req_id)
-            if request is not None and not request.is_finished():
-                gained += len(tokens)  # of one that ended a step ago vLLM drops them
+            if request is not None and not request.is_finished():  # vLLM drops what is more
+                gained += min(len(tokens), request.max_tokens - request.num_output_tokens)
             count = len(scheduled.get(req_id, ()))
             if not count:
                 continue
@@ -292,9 +274,3 @@ class _Known:
     def __getitem__(self, where: tuple[int, slice]) -> np.ndarray:
         row, part = where
         return np.asarray(self._requests[row].all_token_ids[part], dtype=np.int64)
-
-
-def _most_remaining(request: Any) -> int:
-    """Upper bound of what the request may produce after the token that its step samples."""
-    under_way = 1 if request.num_output_placeholders > 0 else 0
-    return int(request.max_tokens) - int(request.num_output_tokens) - under_way - 1

@@ -2,7 +2,8 @@
 """Route A: KnapSpec as a `custom_class` proposer of vLLM's V1 model runner.
 
 Turns the runner's state into `DraftRows`, lets `Planning` choose and `Drafter` draft. Only this
-file, `target`, `verify_graphs`, `async_planning` and `patches/` know which vLLM runner calls.
+file, `runner_rows`, `target`, `verify_graphs`, `async_planning` and `patches/` know which vLLM
+runner calls.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from knapspec_vllm.draft.planning import Planning, Verified
 from knapspec_vllm.draft.references import References, newest_references
 from knapspec_vllm.draft.round_clock import RoundClock
 from knapspec_vllm.draft.rows import Candidates, DraftRows
+from knapspec_vllm.draft.runner_rows import of_runner
 from knapspec_vllm.draft.snapshot import snapshot
 from knapspec_vllm.draft.target import Target
 from knapspec_vllm.draft.verify_graphs import VerifyGraphs
@@ -34,12 +36,8 @@ from knapspec_vllm.draft.windows import WindowGeometry
 from knapspec_vllm.metrics.stats import Stats
 from knapspec_vllm.planner.costs import CostModel
 from knapspec_vllm.planner.types import Batch, Choice, Frontier, Plan
-from knapspec_vllm.request_options import admitted_limit
 
 logger = logging.getLogger("vllm.knapspec")
-
-#: What can keep a row from drafting the maximum, in the order in which `_candidates` asks.
-_BOUNDS = ("request", "slots", "max_model_len", "max_tokens")
 
 
 class KnapSpecProposer:
@@ -159,6 +157,7 @@ class KnapSpecProposer:
             self.use(None, None, lambda frontier: None)
         assert self.planning is not None
         assert self.engine is not None
+        self.count_verified(scheduler_output)
         self._learn(runner, scheduler_output, sampled_token_ids)
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         scheduled = scheduler_output.total_num_scheduled_tokens
@@ -168,7 +167,9 @@ class KnapSpecProposer:
         if self.planning.rests(runner.input_batch.req_ids, steady):
             self._clock.rested()
             return drafts
-        rows = self._candidates(runner, scheduler_output, sampled_token_ids)
+        most = getattr(scheduler_output, "num_spec_tokens_to_schedule", None)
+        most = self.num_speculative_tokens if most is None else int(most)
+        rows = of_runner(runner, self.engine, sampled_token_ids, most, self.stats)
         if len(rows) == 0:
             self._clock.stop()
             return drafts
@@ -185,7 +186,8 @@ class KnapSpecProposer:
         draft_us, forwards = 0.0, 0
         if choice.plan is not None:
             start = time.perf_counter()
-            found = self._draft(choice, runner, rows.to_rows(table, self.engine.device))
+            wanted = self.verify_graphs.lengths(rows, choice.draft_length)
+            found = self._draft(choice, runner, rows.to_rows(table, self.engine.device, wanted))
             draft_us = (time.perf_counter() - start) * 1e6
             forwards = self.drafter.forwards
             for i, draft in zip(rows.index, found, strict=True):
@@ -196,6 +198,11 @@ class KnapSpecProposer:
         unusual |= choice.plan is not None and not self.drafter.settled
         self._clock.ended(batch, rows, choice, lengths, forwards, draft_us, solve_us, unusual)
         return drafts
+
+    def count_verified(self, scheduler_output: Any) -> None:
+        """A step is over."""
+        if (result := self.verify_graphs.result(scheduler_output)) is not None:
+            self.stats.verify_steps[result] += 1
 
     def stood_still(self) -> None:
         """The engine did not run for a while: what the present round takes teaches nothing."""
@@ -254,47 +261,3 @@ class KnapSpecProposer:
             self.engine, rows, known, table, self.planning.reference_tokens,
             config.reference_rows, config.reference_tokens,
         )  # fmt: skip
-
-    def _candidates(
-        self, runner: Any, scheduler_output: Any, sampled_token_ids: list[list[int]]
-    ) -> Candidates:
-        """The rows that have just got a token, with how many tokens each may draft."""
-        assert self.engine is not None
-        state, req_ids = runner.input_batch, runner.input_batch.req_ids
-        index = [i for i, sampled in enumerate(sampled_token_ids) if sampled]
-        most = getattr(scheduler_output, "num_spec_tokens_to_schedule", None)
-        most = self.num_speculative_tokens if most is None else int(most)
-        most = min(most, self.engine.most_drafts(max(1, len(index))))
-        positions = [int(state.num_tokens_no_spec[i]) - 1 for i in index]
-        blocks = state.block_table[0].num_blocks_per_row
-        limits, opted_out = [], 0
-        for i, position in zip(index, positions, strict=True):
-            request = runner.requests[req_ids[i]]
-            asked = admitted_limit(getattr(request.sampling_params, "extra_args", None))
-            opted_out += asked == 0
-            bounds = (
-                most if asked is None else asked,
-                int(blocks[i]) * self.engine.block_size - position,
-                self.engine.max_model_len - 2 - position,
-                _remaining_tokens(request, position) - 1,
-            )
-            bound = min(bounds)
-            if bound < most:
-                self.stats.clipped_rows[_BOUNDS[bounds.index(bound)]] += 1
-            limits.append(max(0, min(bound, most)))
-        return Candidates(
-            index=index,
-            req_ids=[req_ids[i] for i in index],
-            tokens=[sampled_token_ids[i][-1] for i in index],
-            positions=positions,
-            limits=limits,
-            opted_out=opted_out,
-        )
-
-
-def _remaining_tokens(request: Any, position: int) -> int:
-    """Tokens the request may still produce after its newest one at `position`."""
-    limit = getattr(request.sampling_params, "max_tokens", None)
-    if limit is None:
-        return 1 << 30
-    return request.num_prompt_tokens + limit - (position + 1)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -20,13 +21,21 @@ class Candidates:
     #: Newest token of each row, and its position.
     tokens: list[int]
     positions: list[int]
-    #: Most tokens each row may draft: allocated slots, max_model_len and max_tokens considered.
-    limits: list[int]
+    #: Most tokens each row may draft: its request, allocated slots and max_model_len considered.
+    bounds: list[int]
+    #: Tokens each may still produce by its max_tokens; below 0 it got more than it may keep.
+    left: list[int]
     #: Rows whose request wants no speculation.
     opted_out: int = 0
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @cached_property
+    def limits(self) -> list[int]:
+        """Most tokens of each that can be kept: what its max_tokens leaves as well."""
+        pairs = zip(self.bounds, self.left, strict=True)
+        return [max(0, min(bound, left - 1)) for bound, left in pairs]
 
     @property
     def context_tokens(self) -> int:
@@ -44,8 +53,13 @@ class Candidates:
             for position in range(longest)
         )
 
-    def to_rows(self, block_table: torch.Tensor, device: torch.device) -> DraftRows:
-        """block_table: the runner's [rows of its batch, num_blocks] int32, on the device."""
+    def to_rows(
+        self, block_table: torch.Tensor, device: torch.device, lengths: list[int]
+    ) -> DraftRows:
+        """block_table: the runner's [rows of its batch, num_blocks] int32, on the device.
+
+        lengths: most tokens that each drafts.
+        """
         where = ops.to_device(self.index, torch.int64, device)
         return DraftRows(
             index=self.index,
@@ -53,7 +67,7 @@ class Candidates:
             tokens=ops.to_device(self.tokens, torch.int64, device),
             positions=ops.to_device(self.positions, torch.int64, device),
             host_positions=self.positions,
-            limits=self.limits,
+            limits=lengths,
             block_table=block_table.index_select(0, where),
         )
 

@@ -91,6 +91,10 @@ def _graphs(state: State) -> Iterable[Sample]:
     return [((result,), state["stats"]["graphs"].get(result, 0)) for result in results]
 
 
+def _verify_steps(state: State) -> Iterable[Sample]:
+    return [((kind,), state["stats"]["verify_steps"].get(kind, 0)) for kind in ("whole", "pieces")]
+
+
 def _changes(state: State) -> Iterable[Sample]:
     changes = state["stats"]["plan_changes"]
     return [((reason,), changes.get(reason, 0)) for reason in ("start", "stop", "plan")]
@@ -176,6 +180,9 @@ FAMILIES: tuple[Family, ...] = (
            "Draft rounds that replayed a captured step (hit) or had none yet (miss); captures that "
            "were made (captured), dropped for a newer one (evicted) or could not be made (failed).",
            _graphs, ("result",)),
+    Family("verify_steps", "counter",
+           "Steps that verified drafts by one graph of the whole step (whole) or not (pieces); 0 "
+           "where no whole steps were captured.", _verify_steps, ("graph",)),
     Family("memory_bytes", "gauge",
            "Memory beyond plain vLLM's, at most, by kind. lookahead is part of the KV cache.",
            _mapping("memory_bytes"), ("kind",)),

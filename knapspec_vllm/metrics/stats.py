@@ -46,6 +46,8 @@ class Stats:
     clipped_rows: Counter[str] = field(default_factory=Counter)
     #: Draft rounds with captured steps and captures of them, by result: see `draft.graphs`.
     graphs: Counter[str] = field(default_factory=Counter)
+    #: Verify steps that replayed one graph ("whole") or did not ("pieces"): `draft.verify_graphs`.
+    verify_steps: Counter[str] = field(default_factory=Counter)
     #: Rounds that declined, by `Choice.code`.
     declined_rounds: Counter[str] = field(default_factory=Counter)
 

@@ -111,7 +111,12 @@ def test_batches_chunks_and_the_prefix_cache(smollm2_path, prompts, reference) -
 
 def test_the_planner_decides(smollm2_path, prompts, reference, tmp_path) -> None:
     """Draft lengths and plans change from step to step, and solves run between them."""
-    settings = {"always_draft": True, "store_dir": str(tmp_path), "calibration_seconds": 3.0}
+    settings = {
+        "always_draft": True,
+        "hysteresis": 0.0,  # at the default 3 changes were all, in one run of seven
+        "store_dir": str(tmp_path),
+        "calibration_seconds": 3.0,
+    }
     with engine(smollm2_path, settings, async_scheduling=True) as llm:
         proposer = proposer_of(llm)
         for batch in (8, 3, 1):
@@ -159,28 +164,53 @@ def test_features_of_requests(smollm2_path) -> None:
         assert proposer_of(llm).stats.accepted_tokens > 0
 
 
-def test_draft_lengths_of_requests(expected: list[list[int]]) -> None:
-    """One row wants no drafts, one at most one token, and the others' are as long as ever."""
+def answers(llm: Any, lengths: list[int], wanted: list[Any]) -> list[list[int]]:
+    """Greedy answers to the prompts of so many tokens; wanted: what each request asks for."""
     from vllm import SamplingParams
 
-    wanted = (0, 1, None)
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=n, ignore_eos=True, detokenize=False, extra_args=asked
+        )
+        for n, asked in zip(lengths, wanted, strict=True)
+    ]
+    requests = [{"prompt_token_ids": ids} for ids in PROMPTS]
+    outputs = llm.generate(requests, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.mark.parity
+def test_rows_about_to_end_keep_the_others_steps_whole(
+    expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where whole verify steps are captured: what is drafted beyond an end is dropped."""
+    lengths = [5, 8, 14]
     with asynchronous({**FORCED, "draft_length": 3}) as llm:
-        params = [
-            SamplingParams(
-                temperature=0,
-                max_tokens=14,
-                ignore_eos=True,
-                detokenize=False,
-                extra_args=None if n is None else {"knapspec_draft_length": n},
-            )
-            for n in wanted
-        ]
-        requests = [{"prompt_token_ids": ids} for ids in PROMPTS]
-        outputs = llm.generate(requests, params, use_tqdm=False)
+        proposer = proposer_of(llm)
+        assert_same_tokens(
+            [ids[:n] for ids, n in zip(expected, lengths, strict=True)],
+            answers(llm, lengths, [None] * 3),
+        )
+        assert not proposer.stats.verify_steps
+        monkeypatch.setattr(proposer.verify_graphs, "_rows", {4: (1, 2, 3)})
+        assert_same_tokens(
+            [ids[:n] for ids, n in zip(expected, lengths, strict=True)],
+            answers(llm, lengths, [None] * 3),
+        )
+        steps, clipped = proposer.stats.verify_steps, proposer.stats.clipped_rows
+    assert clipped["max_tokens"] > 2
+    assert steps["pieces"] <= 1 < steps["whole"]
+
+
+def test_draft_lengths_of_requests(expected: list[list[int]]) -> None:
+    """One row wants no drafts, one at most one token, and the others' are as long as ever."""
+    wanted = [None if n is None else {"knapspec_draft_length": n} for n in (0, 1, None)]
+    with asynchronous({**FORCED, "draft_length": 3}) as llm:
+        found = answers(llm, [14, 14, 14], wanted)
         drafted = metric(llm, DRAFTED)
         drafts = metric(llm, "spec_decode_num_drafts")
         stats = proposer_of(llm).stats
-    assert_same_tokens(expected, [list(output.outputs[0].token_ids) for output in outputs])
+    assert_same_tokens(expected, found)
     assert stats.drafted_by_position[0] > stats.drafted_by_position[1] > 0
     assert 1 < drafted / drafts < 3
 

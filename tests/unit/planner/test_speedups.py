@@ -75,7 +75,7 @@ def test_nobody_gains_beyond_the_last_room():
 
 def candidates(limits: list[int]) -> Candidates:
     rows = list(range(len(limits)))
-    return Candidates(rows, [str(i) for i in rows], rows, rows, limits)
+    return Candidates(rows, [str(i) for i in rows], rows, rows, limits, [99] * len(rows))
 
 
 @pytest.mark.parametrize(
