@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 #: Key under which the settings travel inside ``VllmConfig.additional_config``.
 ADDITIONAL_CONFIG_KEY = "knapspec"
+MAX_SPECULATIVE_TOKENS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +170,20 @@ class KnapSpecConfig:
             if getattr(self, field.name) != field.default
         }
 
+    def refuses(self, num_speculative_tokens: int) -> str | None:
+        """Why a round may not draft up to so many tokens, and what to write; None: it may."""
+        if not 1 <= num_speculative_tokens <= MAX_SPECULATIVE_TOKENS:
+            return (
+                f"num_speculative_tokens is {num_speculative_tokens}; write 1 to "
+                f"{MAX_SPECULATIVE_TOKENS}."
+            )
+        if self.draft_length is not None and self.draft_length > num_speculative_tokens:
+            return (
+                f"draft_length is {self.draft_length}, more than num_speculative_tokens, which is "
+                f"{num_speculative_tokens}; raise num_speculative_tokens or lower draft_length."
+            )
+        return None
+
     @classmethod
     def from_vllm_config(cls, vllm_config: Any) -> KnapSpecConfig:
         """Read ``vllm_config.additional_config["knapspec"]``; absent means all defaults."""
@@ -187,7 +202,7 @@ def unknown_key_message(key: str, known: tuple[str, ...]) -> str:
 
 #: name -> (lowest, highest, lowest itself allowed). Highest is always allowed.
 _RANGES: dict[str, tuple[float, float, bool]] = {
-    "draft_length": (0, 32, True),
+    "draft_length": (0, MAX_SPECULATIVE_TOKENS, True),
     "window_tokens": (1, 1 << 24, True),
     "sink_tokens": (0, 1 << 24, True),
     "draft_graphs": (0, 1024, True),

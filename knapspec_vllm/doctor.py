@@ -19,6 +19,7 @@ from typing import Any, Literal
 import knapspec_vllm
 from knapspec_vllm import compat, envs
 from knapspec_vllm.commands.vllm_options import check_engine_args
+from knapspec_vllm.config import ADDITIONAL_CONFIG_KEY
 
 Status = Literal["ok", "warn", "refused"]
 
@@ -36,18 +37,14 @@ class Check:
     advice: str = ""
 
 
-def examine(
-    model: str | None = None,
-    engine_args: Mapping[str, Any] | None = None,
-    store_dir: str | None = None,
-) -> list[Check]:
+def examine(model: str | None = None, engine_args: Mapping[str, Any] | None = None) -> list[Check]:
     """All findings, most basic first.
 
     model: name or path to check as well; None checks the installation only. engine_args: keyword
-    arguments of vLLM's EngineArgs to check it with. store_dir: the setting of that name.
+    arguments of vLLM's EngineArgs to check it with; KnapSpec's settings may be among them.
     """
     checks = [_versions(), _capabilities(), _entry_point(), _plugin_filter(), _kill_switch()]
-    checks += [_runner(), _device(), _store(store_dir)]
+    checks += [_runner(), _device(), _store(_store_dir(engine_args or {}))]
     if model is not None:
         checks += _model(model, dict(engine_args or {}))
     return checks
@@ -160,6 +157,16 @@ def _device() -> Check:
         "no GPU: KnapSpec runs on CPU, where verifying drafts often costs more than it gains.",
         "Expect it to decline to speculate when it would lose.",
     )
+
+
+def _store_dir(engine_args: Mapping[str, Any]) -> str | None:
+    """The setting, from either place in which it may be written."""
+    additional = engine_args.get("additional_config")
+    nested = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, Mapping) else None
+    for place in (nested, engine_args.get("speculative_config")):
+        if isinstance(place, Mapping) and isinstance(place.get("store_dir"), str):
+            return str(place["store_dir"])
+    return None
 
 
 def _store(store_dir: str | None) -> Check:

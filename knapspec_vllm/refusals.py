@@ -14,7 +14,6 @@ from typing import Any
 
 from knapspec_vllm.config import KnapSpecConfig
 
-MAX_SPECULATIVE_TOKENS = 32
 ASYNC_DEVICES = ("cuda",)  # vLLM schedules nothing ahead on a CPU
 
 Rule = Callable[[Any, KnapSpecConfig], str | None]
@@ -127,15 +126,7 @@ def _resolved_v2(vllm_config: Any, settings: KnapSpecConfig) -> str | None:
 
 
 def _token_count(vllm_config: Any, settings: KnapSpecConfig) -> str | None:
-    count = _get(vllm_config, "speculative_config.num_speculative_tokens", 0)
-    if not 1 <= count <= MAX_SPECULATIVE_TOKENS:
-        return f"num_speculative_tokens is {count}; write 1 to {MAX_SPECULATIVE_TOKENS}."
-    if settings.draft_length is not None and settings.draft_length > count:
-        return (
-            f"draft_length is {settings.draft_length}, more than num_speculative_tokens, which is "
-            f"{count}; raise num_speculative_tokens or lower draft_length."
-        )
-    return None
+    return settings.refuses(_get(vllm_config, "speculative_config.num_speculative_tokens", 0))
 
 
 def _draft_model_keys(vllm_config: Any, settings: KnapSpecConfig) -> str | None:

@@ -200,8 +200,9 @@ def accepted(measurement: Measurement) -> tuple[float | None, float | None]:
     stats = (measurement.knapspec or {}).get("stats") or {}
     counters = measurement.counters
     if "draft_tokens" in stats:
-        drafts = (stats.get("drafted_by_position") or [None])[0]
-        hits, tokens = stats.get("accepted_tokens"), stats["draft_tokens"]
+        verified = stats.get("drafted_by_position") or []
+        drafts = verified[0] if verified else None
+        hits, tokens = stats.get("accepted_tokens"), sum(verified)
     else:
         drafts, tokens = counters.get("num_drafts"), counters.get("num_draft_tokens")
         hits = counters.get("num_accepted_tokens")

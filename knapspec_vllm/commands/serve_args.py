@@ -46,7 +46,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    settings = KnapSpecConfig.from_mapping(arguments.settings).to_mapping()
+    config = KnapSpecConfig.from_mapping(arguments.settings)
+    if (reason := config.refuses(arguments.num_speculative_tokens)) is not None:
+        raise ValueError(reason)
+    settings = config.to_mapping()
     speculative = {
         "method": "knapspec",
         "num_speculative_tokens": arguments.num_speculative_tokens,

@@ -203,7 +203,8 @@ class AsyncPlanning:
         for req_id, place in output.req_id_to_index.items():
             tokens = output.sampled_token_ids[place] if output.sampled_token_ids else []
             request = scheduler.requests.get(req_id)
-            if request is not None and not request.is_finished():  # vLLM drops what is more
+            # Of what is beyond max_tokens vLLM keeps none. (Nor of what is behind a stop token.)
+            if request is not None and not request.is_finished():
                 gained += min(len(tokens), request.max_tokens - request.num_output_tokens)
             count = len(scheduled.get(req_id, ()))
             if not count:

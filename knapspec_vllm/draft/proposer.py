@@ -186,8 +186,7 @@ class KnapSpecProposer:
         draft_us, forwards = 0.0, 0
         if choice.plan is not None:
             start = time.perf_counter()
-            wanted = self.verify_graphs.lengths(rows, choice.draft_length)
-            found = self._draft(choice, runner, rows.to_rows(table, self.engine.device, wanted))
+            found = self._draft(choice, runner, rows.to_rows(table, self.engine.device))
             draft_us = (time.perf_counter() - start) * 1e6
             forwards = self.drafter.forwards
             for i, draft in zip(rows.index, found, strict=True):

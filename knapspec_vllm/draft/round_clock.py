@@ -106,9 +106,8 @@ class RoundClock:
             policy.observe_draft(last.batch, last.choice.plan, last.forwards, last.draft_us)
         plain_us = round_us  # of a round that declined, which is what plain steps are learned from
         if last.choice.plan is not None:
-            gained = sum(len(sampled_token_ids[i]) for i in rows.index)
-            gained += sum(min(0, left) for left in rows.left)
-            plain_us = gained / len(rows) * policy.plain_us(last.batch)
+            gained = sum(len(sampled_token_ids[i]) for i in rows.index) / len(rows)
+            plain_us = gained * policy.plain_us(last.batch)
         choice = last.choice
         stats.add_prediction(choice.predicted_speedup, choice.round_us, plain_us, round_us)
 

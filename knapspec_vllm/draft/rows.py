@@ -23,7 +23,7 @@ class Candidates:
     positions: list[int]
     #: Most tokens each row may draft: its request, allocated slots and max_model_len considered.
     bounds: list[int]
-    #: Tokens each may still produce by its max_tokens; below 0 it got more than it may keep.
+    #: Tokens each may still produce by its max_tokens; 0 or less: it has ended.
     left: list[int]
     #: Rows whose request wants no speculation.
     opted_out: int = 0
@@ -53,13 +53,8 @@ class Candidates:
             for position in range(longest)
         )
 
-    def to_rows(
-        self, block_table: torch.Tensor, device: torch.device, lengths: list[int]
-    ) -> DraftRows:
-        """block_table: the runner's [rows of its batch, num_blocks] int32, on the device.
-
-        lengths: most tokens that each drafts.
-        """
+    def to_rows(self, block_table: torch.Tensor, device: torch.device) -> DraftRows:
+        """block_table: the runner's [rows of its batch, num_blocks] int32, on the device."""
         where = ops.to_device(self.index, torch.int64, device)
         return DraftRows(
             index=self.index,
@@ -67,7 +62,7 @@ class Candidates:
             tokens=ops.to_device(self.tokens, torch.int64, device),
             positions=ops.to_device(self.positions, torch.int64, device),
             host_positions=self.positions,
-            limits=lengths,
+            limits=self.limits,
             block_table=block_table.index_select(0, where),
         )
 

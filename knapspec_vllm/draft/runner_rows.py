@@ -65,6 +65,9 @@ def of_scheduler(
             "max_model_len": engine.max_model_len - 2 - computed,
         }
         bounds.append(_bound(each, left[-1], most, stats))
+        if getattr(request, "resumable", False):
+            # vLLM may take what is computed beyond its end for the beginning of its next turn.
+            bounds[-1] = min(bounds[-1], max(0, left[-1] - 1))
     return Candidates(
         index=[],
         req_ids=[request.request_id for request, _ in rows],

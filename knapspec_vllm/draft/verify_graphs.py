@@ -57,12 +57,15 @@ class VerifyGraphs:
         verify them all: pieces would cost every row 2 ms (8B), and of 32 rows that draft 4 tokens
         of answers of 100 one is about to end in most steps.
         """
-        count = len(rows.bounds)
-        if min(rows.bounds) >= draft_length > min(rows.limits) and self.find(
-            count * (1 + draft_length), count, 1 + draft_length
-        ):
-            return [draft_length] * count
-        return [min(limit, draft_length) for limit in rows.limits]
+        clipped = [min(limit, draft_length) for limit in rows.limits]
+        # Rows that have ended are in no further step.
+        going = [bound for bound, left in zip(rows.bounds, rows.left, strict=True) if left > 0]
+        if not going or min(going) < draft_length:
+            return clipped
+        count, tokens = len(going), 1 + draft_length
+        if self.find(count * tokens, count, tokens) is None:
+            return clipped
+        return [draft_length if left > 0 else 0 for left in rows.left]
 
     def result(self, scheduler_output: Any) -> str | None:
         """How a step that vLLM has scheduled is verified: "whole" or in "pieces"; None where

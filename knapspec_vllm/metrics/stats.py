@@ -28,7 +28,7 @@ class Stats:
     #: Placeholders that vLLM schedules as drafts of its own for prompts that are fully cached; its
     #: spec_decode metrics count them as drafted.
     placeholder_tokens: int = 0
-    #: By position in the draft: scheduled, and kept by verification.
+    #: By position in the draft: scheduled, and accepted by verification.
     drafted_by_position: list[int] = field(default_factory=list)
     accepted_by_position: list[int] = field(default_factory=list)
     #: Tokens drafted and kept, by the context length of their row: see `context_bucket`.
@@ -41,8 +41,8 @@ class Stats:
     #: Rows of rounds that drafted and of rounds that did not.
     drafting_rows: Histogram = field(default_factory=lambda: Histogram(BATCH_BOUNDS))
     declining_rows: Histogram = field(default_factory=lambda: Histogram(BATCH_BOUNDS))
-    #: Rows that could not draft the maximum, by reason: "slots", "max_model_len", "max_tokens", or
-    #: "request", whose sender asked for fewer.
+    #: Rows that could not draft, or keep, the maximum, by reason: "slots", "max_model_len",
+    #: "max_tokens", or "request", whose sender asked for fewer.
     clipped_rows: Counter[str] = field(default_factory=Counter)
     #: Draft rounds with captured steps and captures of them, by result: see `draft.graphs`.
     graphs: Counter[str] = field(default_factory=Counter)
@@ -106,7 +106,7 @@ class Stats:
         self.solve_seconds.observe(time_us / 1e6)
 
     def add_verified(self, accepted: int, drafted: int, context: int) -> None:
-        """One row with `context` tokens: `accepted` of `drafted` scheduled tokens were kept."""
+        """One row with `context` tokens: `accepted` of `drafted` scheduled tokens were."""
         self.accepted_tokens += accepted
         bucket = context_bucket(context)
         self.drafted_by_context[bucket] += drafted

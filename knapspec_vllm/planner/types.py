@@ -135,7 +135,8 @@ class Batch:
     """Sum of the rows' context lengths."""
     room: tuple[float, ...] = ()
     """Shares of the rows that may draft at least 1, 2, ... tokens; none beyond its end. Empty: all
-    rows as many as are wanted. Rows with less room wait for the others' drafts and gain nothing."""
+    rows as many as are wanted. Rows with less room wait for the others' drafts and gain nothing;
+    where a graph of the whole verify step wants it they draft along, which is not reckoned with."""
 
     @property
     def context_per_row(self) -> float:

@@ -31,6 +31,7 @@ def requests(model: Path) -> list[tuple[dict, dict]]:
         (texts[4], {"stop": ["e", "."], "max_tokens": 40}),
         (texts[5], {"max_tokens": 1}),
         (texts[5], {"prompt_logprobs": 2, "max_tokens": 10}),
+        (form, {"structured_outputs": {"json": SCHEMA}, "max_tokens": 7}),  # ends inside of it
     ]
 
 

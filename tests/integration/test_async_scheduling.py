@@ -143,25 +143,33 @@ def test_preemption(smollm2_path, prompts, reference) -> None:
         assert metric(llm, "num_preemptions") > 0
 
 
-def test_rows_reach_max_model_len(smollm2_path, prompts) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_rows_reach_max_model_len(smollm2_path, prompts, whole, monkeypatch) -> None:
     few = [ids for ids in prompts if 40 <= len(ids) <= 128]
     with engine(smollm2_path, max_model_len=144) as llm:
         expected = greedy(llm, few, 60)
     with engine(smollm2_path, MIXED, async_scheduling=True, max_model_len=144) as llm:
+        if whole:
+            captured(proposer_of(llm), monkeypatch)
         assert_same_tokens(expected, greedy(llm, few, 60))
         assert proposer_of(llm).stats.clipped_rows["max_model_len"] > 0
 
 
 @pytest.mark.parity
-def test_features_of_requests(smollm2_path) -> None:
+def test_features_of_requests(smollm2_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Grammars, penalties, stop strings and log-probabilities."""
-    options = {"max_model_len": 512, "max_num_seqs": 8}
+    options = {"max_model_len": 512, "max_num_seqs": 9}
     with engine(smollm2_path, **options) as llm:
         expected = run_features(llm, smollm2_path)
     settings = {"plan": "skip attn:6,7 mlp:9,17", "draft_length": 4}
     with engine(smollm2_path, settings, async_scheduling=True, **options) as llm:
+        proposer = proposer_of(llm)
         assert_same_answers(expected, run_features(llm, smollm2_path))
-        assert proposer_of(llm).stats.accepted_tokens > 0
+        assert proposer.stats.accepted_tokens > 0
+        beyond = captured(proposer, monkeypatch)
+        assert_same_answers(expected, run_features(llm, smollm2_path))
+        assert beyond
+        assert proposer.stats.verify_steps["whole"] > 0
 
 
 def answers(llm: Any, lengths: list[int], wanted: list[Any]) -> list[list[int]]:
@@ -179,33 +187,53 @@ def answers(llm: Any, lengths: list[int], wanted: list[Any]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+#: Whole verify steps "captured" for every draft length up to 4: padded, and run once more.
+CAPTURED = {tokens: tuple(range(1, 10)) for tokens in (2, 3, 4, 5)}
+
+
 @pytest.mark.parity
 def test_rows_about_to_end_keep_the_others_steps_whole(
     expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where whole verify steps are captured: what is drafted beyond an end is dropped."""
     lengths = [5, 8, 14]
+    expected = [ids[:n] for ids, n in zip(expected, lengths, strict=True)]
     with asynchronous({**FORCED, "draft_length": 3}) as llm:
         proposer = proposer_of(llm)
-        assert_same_tokens(
-            [ids[:n] for ids, n in zip(expected, lengths, strict=True)],
-            answers(llm, lengths, [None] * 3),
-        )
+        assert_same_tokens(expected, answers(llm, lengths, [None] * 3))
         assert not proposer.stats.verify_steps
-        monkeypatch.setattr(proposer.verify_graphs, "_rows", {4: (1, 2, 3)})
-        assert_same_tokens(
-            [ids[:n] for ids, n in zip(expected, lengths, strict=True)],
-            answers(llm, lengths, [None] * 3),
-        )
-        steps, clipped = proposer.stats.verify_steps, proposer.stats.clipped_rows
-    assert clipped["max_tokens"] > 2
-    assert steps["pieces"] <= 1 < steps["whole"]
+        beyond = captured(proposer, monkeypatch)
+        assert_same_tokens(expected, answers(llm, lengths, [None] * 3))
+    assert beyond
+    assert proposer.stats.verify_steps["pieces"] == 0 < proposer.stats.verify_steps["whole"]
 
 
-def test_draft_lengths_of_requests(expected: list[list[int]]) -> None:
+def captured(proposer: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From now on verify steps are captured; grows by a token count for each row that drafts
+    beyond its end."""
+    graphs, beyond = proposer.verify_graphs, []
+    lengths_of = graphs.lengths
+
+    def spy(rows: Any, draft_length: int) -> list[int]:
+        lengths = lengths_of(rows, draft_length)
+        pairs = zip(lengths, rows.limits, strict=True)
+        beyond.extend(length - limit for length, limit in pairs if length > limit)
+        return lengths
+
+    monkeypatch.setattr(graphs, "_rows", CAPTURED)
+    monkeypatch.setattr(graphs, "lengths", spy)
+    return beyond
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_draft_lengths_of_requests(
+    whole: bool, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One row wants no drafts, one at most one token, and the others' are as long as ever."""
     wanted = [None if n is None else {"knapspec_draft_length": n} for n in (0, 1, None)]
     with asynchronous({**FORCED, "draft_length": 3}) as llm:
+        if whole:
+            captured(proposer_of(llm), monkeypatch)
         found = answers(llm, [14, 14, 14], wanted)
         drafted = metric(llm, DRAFTED)
         drafts = metric(llm, "spec_decode_num_drafts")

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parity
 def test_mixed_requests(smollm2_path: Path) -> None:
-    settings = {"max_model_len": 512, "max_num_seqs": 8}
+    settings = {"max_model_len": 512, "max_num_seqs": 9}
     with engine(smollm2_path, **settings) as llm:
         expected = run_features(llm, smollm2_path)
     knapspec = {"plan": "skip attn:6,7 mlp:9,17", "draft_length": 4, "debug_invariants": True}

@@ -33,19 +33,6 @@ def runner_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
-def answers(llm: Any, prompts: list[list[int]], lengths: tuple[int, ...]) -> list[list[int]]:
-    """Greedy, all at once, each of its own length."""
-    from vllm import SamplingParams
-
-    params = [
-        SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
-        for n in lengths
-    ]
-    requests = [{"prompt_token_ids": ids} for ids in prompts]
-    outputs = llm.generate(requests, params, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
-
-
 @pytest.mark.parity
 def test_padded_verify_steps(expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rows, then fewer, in steps of four; lengths that end requests are not captured."""
@@ -64,32 +51,6 @@ def test_padded_verify_steps(expected: list[list[int]], monkeypatch: pytest.Monk
         assert proposer_of(llm).stats.accepted_tokens > 0
     assert (3, 4) in padded
     assert_same_tokens(expected, found)
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("captured", [False, True])
-def test_rows_about_to_end_keep_the_others_steps_whole(
-    captured: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Answers of 6, 7, 8 and 20 tokens in one batch; what is drafted beyond an end is dropped."""
-    lengths, prompts = (6, 7, 8, 20), [*PROMPTS, [11, 12]]
-    model = random_checkpoint("LlamaForCausalLM")
-    with engine(model, **ENGINE) as llm:
-        plain = answers(llm, prompts, lengths)
-    settings = {**DRAFTING, "draft_length": 3, "debug_invariants": True}
-    with engine(model, settings, **ENGINE) as llm:
-        graphs, stats = proposer_of(llm).verify_graphs, proposer_of(llm).stats
-        if captured:
-            monkeypatch.setattr(graphs, "_rows", {4: (1, 2, 3, 4)})
-        found = answers(llm, prompts, lengths)
-    assert_same_tokens(plain, found)
-    assert stats.accepted_tokens > 0
-    assert stats.clipped_rows["max_tokens"] > 3
-    if captured:
-        # The last two tokens of the longest answer are nobody's to wait for.
-        assert stats.verify_steps["pieces"] <= 1 < stats.verify_steps["whole"]
-    else:
-        assert not stats.verify_steps
 
 
 def test_vllm_captures_them(monkeypatch: pytest.MonkeyPatch) -> None:

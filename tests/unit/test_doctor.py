@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -66,13 +67,29 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert by_name(doctor.examine(), "VLLM_PLUGINS").status == "ok"
 
 
-def test_store(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["speculative_config", "additional_config"])
+def test_store(where: str, tmp_path: Path) -> None:
+    def found(folder: Path) -> doctor.Check:
+        settings = {"store_dir": str(folder)}
+        nested = {"knapspec": settings} if where == "additional_config" else settings
+        return by_name(doctor.examine(None, {where: nested}), "calibration store")
+
     new = tmp_path / "not" / "yet" / "there"
-    assert by_name(doctor.examine(store_dir=str(new)), "calibration store").status == "ok"
+    assert found(new).status == "ok"
+    assert str(new) in found(new).reason
     assert not new.exists()
     file = tmp_path / "file"
     file.write_text("")
-    assert by_name(doctor.examine(store_dir=str(file)), "calibration store").status == "warn"
+    assert found(file).status == "warn"
+
+
+@pytest.mark.parametrize("given", [{}, {"additional_config": []}, {"speculative_config": "ngram"}])
+def test_store_beside_vllm_s_cache(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    check = by_name(doctor.examine(None, given), "calibration store")
+    assert check.reason == f"{tmp_path} can be written."
 
 
 def test_scheduling() -> None:

@@ -44,7 +44,7 @@ class Driver:
 
 class Rows:
     def __init__(self, req_ids: list[str]) -> None:
-        self.req_ids, self.index, self.left = req_ids, [0], [99, 99]
+        self.req_ids, self.index = req_ids, [0]
 
     def __len__(self) -> int:
         return 1
@@ -116,24 +116,6 @@ def test_rows_of_different_drafts_teach_by_what_they_feed(monkeypatch: pytest.Mo
         driver.clock.verified(driver.planning, rows, 2 + sum(drafts), [[5], [5]])
     assert fed == [2.5, 4.0, 3.5]
     assert ran == [4, 4, 4]  # what ran, not what was proposed: a GPU does not look whether to stop
-
-
-@pytest.mark.parametrize(("left", "gained"), [([99, 99], 4), ([-2, 99], 2), ([0, 1], 4)])
-def test_tokens_beyond_the_end_of_a_request_are_no_gain(
-    left: list[int], gained: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    driver = Driver(monkeypatch)
-    driver.planning.policy.observe_draft = lambda *_: None
-    driver.planning.policy.plain_us = lambda _: 1000.0
-    rows: Any = Rows(["a", "b"])
-    rows.index, rows.left = [0, 1], left
-    choice = Choice(Plan.parse("skip mlp:1", 4), 3, 1.5, "test", round_us=20_000.0)
-    driver.clock.entered()
-    driver.clock.ended(Batch(2, 100), rows, choice, [3, 3], 4, 1000.0, 0.0, False)
-    driver.now += 0.02
-    driver.clock.entered()
-    driver.clock.verified(driver.planning, rows, 8, [[5, 6, 7], [5]])
-    assert driver.stats.realised_plain_us == gained * 1000.0
 
 
 def test_rounds_that_were_not_looked_at_count_and_teach_nothing(

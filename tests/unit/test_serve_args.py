@@ -64,6 +64,25 @@ def test_misspelt_settings_are_refused(capsys: pytest.CaptureFixture) -> None:
     assert "did you mean 'window_tokens'" in found.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--num-speculative-tokens", "33"], "num_speculative_tokens is 33; write 1 to 32."),
+        (
+            ["--num-speculative-tokens", "2", "--settings", '{"draft_length": 3}'],
+            "raise num_speculative_tokens or lower draft_length",
+        ),
+    ],
+)
+def test_token_counts_are_checked_without_a_model(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["serve-args", *arguments]) == 1
+    found = capsys.readouterr()
+    assert not found.out
+    assert words in found.err
+
+
 def test_the_model_is_checked_with_them() -> None:
     """Standard output is the answer alone, whatever vLLM logs."""
 

@@ -75,8 +75,7 @@ def test_rows_of_the_runner_s_batch_in_their_order() -> None:
     assert candidates.limits == [1, 2, 0]
     assert candidates.context_tokens == 4 + 9 + 30 + 3
     table = torch.arange(6, dtype=torch.int32).view(3, 2)
-    rows = candidates.to_rows(table, torch.device("cpu"), [1, 2, 3])
+    rows = candidates.to_rows(table, torch.device("cpu"))
     assert rows.block_table.tolist() == [[0, 1], [4, 5], [2, 3]]
     assert rows.tokens.tolist() == [10, 11, 12]
-    assert rows.limits == [1, 2, 3]
     assert rows.positions.tolist() == rows.host_positions == [4, 9, 30]
