@@ -24,18 +24,16 @@ def of_runner(
     most = min(most, engine.most_drafts(max(1, len(index))))
     positions = [int(state.num_tokens_no_spec[i]) - 1 for i in index]
     blocks = state.block_table[0].num_blocks_per_row
-    bounds, left, opted_out = [], [], 0
-    for i, position in zip(index, positions, strict=True):
-        request = runner.requests[req_ids[i]]
-        asked = _asked(request)
-        opted_out += asked == 0
-        left.append(_left(request, position))
-        each = {
-            "request": most if asked is None else asked,
+    requests = [runner.requests[req_ids[i]] for i in index]
+    left = [_left(*pair) for pair in zip(requests, positions, strict=True)]
+    room = [
+        {
             "slots": int(blocks[i]) * engine.block_size - position,
             "max_model_len": engine.max_model_len - 2 - position,
         }
-        bounds.append(_bound(each, left[-1], most, stats))
+        for i, position in zip(index, positions, strict=True)
+    ]
+    bounds, opted_out = _bounds(requests, room, left, most, stats)
     return Candidates(
         index=index,
         req_ids=[req_ids[i] for i in index],
@@ -55,40 +53,42 @@ def of_scheduler(
     rows: requests, and up to where their step computes them at most.
     """
     most = min(most, engine.most_drafts(len(rows)))
-    bounds, left, opted_out = [], [], 0
-    for request, computed in rows:
-        asked = _asked(request)
-        opted_out += asked == 0
-        left.append(_most_left(request))
-        each = {
-            "request": most if asked is None else asked,
-            "max_model_len": engine.max_model_len - 2 - computed,
-        }
-        bounds.append(_bound(each, left[-1], most, stats))
-        if getattr(request, "resumable", False):
-            # vLLM may take what is computed beyond its end for the beginning of its next turn.
-            bounds[-1] = min(bounds[-1], max(0, left[-1] - 1))
+    requests = [request for request, _ in rows]
+    left = [_most_left(request) for request in requests]
+    room = [{"max_model_len": engine.max_model_len - 2 - computed} for _, computed in rows]
+    bounds, opted_out = _bounds(requests, room, left, most, stats)
     return Candidates(
         index=[],
-        req_ids=[request.request_id for request, _ in rows],
+        req_ids=[request.request_id for request in requests],
         tokens=[],
-        positions=[request.num_tokens - 1 for request, _ in rows],
+        positions=[request.num_tokens - 1 for request in requests],
         bounds=bounds,
         left=left,
         opted_out=opted_out,
     )
 
 
-def _asked(request: Any) -> int | None:
-    return admitted_limit(getattr(request.sampling_params, "extra_args", None))
+def _bounds(
+    requests: list[Any], room: list[dict[str, int]], left: list[int], most: int, stats: Stats
+) -> tuple[list[int], int]:
+    """(`Candidates.bounds`, requests that want no speculation); counts what keeps rows from
+    drafting `most` tokens that are kept.
 
-
-def _bound(each: dict[str, int], left: int, most: int, stats: Stats) -> int:
-    """The least of them; counts what keeps the row from drafting `most` tokens that are kept."""
-    reason = min(each, key=each.__getitem__)
-    if min(each[reason], left - 1) < most:
-        stats.clipped_rows[reason if each[reason] < left else "max_tokens"] += 1
-    return max(0, min(most, each[reason]))
+    room: by reason, what else bounds each of them.
+    """
+    bounds, opted_out = [], 0
+    for request, others, remaining in zip(requests, room, left, strict=True):
+        asked = admitted_limit(getattr(request.sampling_params, "extra_args", None))
+        opted_out += asked == 0
+        each = {"request": most if asked is None else asked, **others}
+        reason = min(each, key=each.__getitem__)
+        kept = min(each[reason], remaining - 1)
+        if kept < most:
+            stats.clipped_rows[reason if each[reason] < remaining else "max_tokens"] += 1
+        # vLLM may take what is computed beyond a turn's end for the beginning of the next.
+        bound = kept if getattr(request, "resumable", False) else each[reason]
+        bounds.append(max(0, min(most, bound)))
+    return bounds, opted_out
 
 
 def _left(request: Any, position: int) -> int:
