@@ -42,14 +42,14 @@ def on_this_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
         return
     monkeypatch.setattr(refusals, "ASYNC_DEVICES", ("cpu",))
-    stream = _Stream()
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: _Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
     yield
 
 
 class _Stream:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, other: Any) -> None: ...
     def wait_event(self, event: Any) -> None: ...
     def synchronize(self) -> None: ...
@@ -155,21 +155,32 @@ def test_rows_reach_max_model_len(smollm2_path, prompts, whole, monkeypatch) -> 
         assert proposer_of(llm).stats.clipped_rows["max_model_len"] > 0
 
 
+FEATURES = {"max_model_len": 512, "max_num_seqs": 9}
+
+
+@pytest.fixture(scope="module")
+def featured(smollm2_path: Path) -> list:
+    with engine(smollm2_path, **FEATURES) as llm:
+        return run_features(llm, smollm2_path)
+
+
 @pytest.mark.parity
-def test_features_of_requests(smollm2_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Grammars, penalties, stop strings and log-probabilities."""
-    options = {"max_model_len": 512, "max_num_seqs": 9}
-    with engine(smollm2_path, **options) as llm:
-        expected = run_features(llm, smollm2_path)
+@pytest.mark.parametrize("whole", [False, True])
+def test_features_of_requests(
+    whole: bool, featured: list, smollm2_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grammars, penalties, stop strings and log-probabilities.
+
+    Each in an engine of its own: vLLM 0.27 leaves the `allowed_token_ids` of a row that moved where
+    they were, and a later request there is bound by them (its ngram drafter shows the same).
+    """
     settings = {"plan": "skip attn:6,7 mlp:9,17", "draft_length": 4}
-    with engine(smollm2_path, settings, async_scheduling=True, **options) as llm:
+    with engine(smollm2_path, settings, async_scheduling=True, **FEATURES) as llm:
         proposer = proposer_of(llm)
-        assert_same_answers(expected, run_features(llm, smollm2_path))
-        assert proposer.stats.accepted_tokens > 0
-        beyond = captured(proposer, monkeypatch)
-        assert_same_answers(expected, run_features(llm, smollm2_path))
-        assert beyond
-        assert proposer.stats.verify_steps["whole"] > 0
+        beyond = captured(proposer, monkeypatch) if whole else []
+        assert_same_answers(featured, run_features(llm, smollm2_path))
+    assert proposer.stats.accepted_tokens > 0
+    assert bool(beyond) == (proposer.stats.verify_steps["whole"] > 0) == whole
 
 
 def answers(llm: Any, lengths: list[int], wanted: list[Any]) -> list[list[int]]:
