@@ -230,7 +230,7 @@ def _scheduling(config: Any) -> list[Check]:
             "warn",
             "asynchronous scheduling is off: where KnapSpec declines, a GPU then decodes more "
             "slowly than with plain vLLM.",
-            "On one GPU leave out --no-async-scheduling; else compare with knapspec bench.",
+            "Leave out --no-async-scheduling, if it is there; else compare with knapspec bench.",
         )
     ]
 

@@ -15,6 +15,7 @@ from typing import Any
 from knapspec_vllm.config import KnapSpecConfig
 
 ASYNC_DEVICES = ("cuda",)  # vLLM schedules nothing ahead on a CPU
+ASYNC_EXECUTORS = (None, "uni", "mp")
 
 Rule = Callable[[Any, KnapSpecConfig], str | None]
 
@@ -94,8 +95,10 @@ def asynchronous_needs(vllm_config: Any) -> str | None:
     own = {"debug_invariants": False, "confidence_threshold": 0, "strategy": "knapspec"}
     if _get(vllm_config, "device_config.device_type") not in ASYNC_DEVICES:
         return "a GPU"
-    if _get(vllm_config, "parallel_config.distributed_executor_backend") not in (None, "uni"):
-        return "one rank, in the engine's own process (no data parallel either),"
+    if _get(vllm_config, "parallel_config.distributed_executor_backend") not in ASYNC_EXECUTORS:
+        return "workers that are vLLM's own processes (--distributed-executor-backend mp or uni)"
+    if _get(vllm_config, "parallel_config.data_parallel_size", 1) > 1:
+        return "one engine (no data parallel)"
     if _get(vllm_config, "scheduler_config.scheduler_cls") is not None:
         return "vLLM's own scheduler (--scheduler-cls unset)"
     if any(getattr(settings, name) != value for name, value in own.items()):

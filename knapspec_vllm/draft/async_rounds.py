@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Of SchedulerOutput: the step's `AsyncRound`.
 ROUND = "knapspec_round"
+#: Of ModelRunnerOutput: the step's `Report`, if its scheduler is in another process.
+REPORT = "knapspec_report"
 
 Mark: TypeAlias = "torch.Event | float"
 """A moment: of the device's stream, or on a CPU of its clock, in seconds."""
@@ -55,15 +57,71 @@ class Decision:
 
 
 @dataclass
+class Timing:
+    """What a step's parts took on the device, microseconds."""
+
+    #: From the drafts of the step before it to its sampled tokens; None where that one is unknown,
+    #: or the engine stood still between them.
+    step_us: float | None
+    #: From there until its rows had drafted.
+    draft_us: float
+
+
+@dataclass
+class Marks:
+    """The same as moments, which may not have passed yet."""
+
+    before: Mark | None
+    sampled: Mark
+    drafted: Mark
+
+    def read(self) -> Timing:
+        """Once they have passed."""
+        step_us = None if self.before is None else between_us(self.before, self.sampled)
+        return Timing(step_us, between_us(self.sampled, self.drafted))
+
+
+@dataclass
 class AsyncRound:
     """A scheduled step: what it verifies was decided with the step before it."""
 
     number: int
     verifies: Decision | None
     decides: Decision | None = None
-    #: When its tokens were sampled, and when its rows had drafted.
-    sampled: Mark | None = None
-    drafted: Mark | None = None
+    #: None where no row was sampled.
+    times: Marks | Timing | None = None
+    #: What the scheduler of another process asks of the workers: methods of `Planning` and their
+    #: arguments. None where they share a process.
+    calls: tuple[tuple[str, tuple[Any, ...]], ...] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Workers have verified it by what is scheduled; a plan of 180 modes need not travel twice.
+        return {**vars(self), "verifies": None}
+
+
+@dataclass
+class Report:
+    """What a worker answers to `AsyncRound.calls`, along with the step's output."""
+
+    #: To the question what to draft; None if nobody asked.
+    choice: Choice | None
+    #: A solve is due, for which workers lack the rows' newest tokens on the host.
+    wants_passages: bool
+    #: A solve was started, or is under way.
+    solving: bool
+    #: See `Decision`.
+    settled: bool
+    #: Host time of the answer, microseconds, without solving.
+    own_us: float
+    #: See `VerifyGraphs.shapes`.
+    captured: dict[int, tuple[int, ...]]
+    times: Marks | Timing
+
+    def arrived(self) -> Report:
+        """As it can be sent to another process, once the device is done with the step."""
+        if isinstance(self.times, Marks):
+            self.times = self.times.read()
+        return self
 
 
 def mark(device: torch.device) -> Mark:

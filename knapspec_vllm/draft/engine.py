@@ -42,12 +42,8 @@ class Engine:
         return self.vllm_config.model_config.dtype
 
     def most_drafts(self, rows: int) -> int:
-        """Drafted tokens of each of `rows` rows that a step has room to verify. vLLM spends a
-        step's budget row by row: of more, the last rows would stand still until others end. Half of
-        it is left to prompts, which are often the last."""
-        scheduler = self.vllm_config.scheduler_config
-        budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
-        return max(0, budget // (2 * rows) - 1)
+        """See the function."""
+        return most_drafts(self.vllm_config.scheduler_config, rows)
 
     @property
     def runs_ahead(self) -> bool:
@@ -58,6 +54,14 @@ class Engine:
         """Wait for the device; a no-op on a CPU."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
+
+
+def most_drafts(scheduler_config: Any, rows: int) -> int:
+    """Drafted tokens of each of `rows` rows that a step has room to verify. vLLM spends a step's
+    budget row by row: of more, the last rows would stand still until others end. Half of it is left
+    to prompts, which are often the last."""
+    budget = scheduler_config.max_num_scheduled_tokens or scheduler_config.max_num_batched_tokens
+    return max(0, int(budget) // (2 * rows) - 1)
 
 
 def own_attention_groups(

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.draft.agreement import Agreement
 from knapspec_vllm.draft.engine import Engine
-from knapspec_vllm.draft.references import References
+from knapspec_vllm.draft.references import References, Wanted
 from knapspec_vllm.draft.solving import Solving
 from knapspec_vllm.draft.windows import WindowGeometry
-from knapspec_vllm.metrics.stats import Stats
+from knapspec_vllm.metrics.stats import Stats, StepCounts
 from knapspec_vllm.planner.acceptance import AcceptanceModel
 from knapspec_vllm.planner.costs import CostModel
 from knapspec_vllm.planner.policy import Policy, alike
@@ -38,6 +38,23 @@ class Verified:
     """The row's length."""
     telling: bool = True
     """Of the plan: a grammar cuts drafts by value."""
+
+
+@dataclass(frozen=True)
+class MeasuredRound:
+    """A round whose rows did nothing else, times in microseconds."""
+
+    batch: Batch
+    choice: Choice
+    fed: float
+    """Tokens a row that its step computed."""
+    gained: float
+    """Tokens that a row got, in the mean."""
+    step_us: float
+    draft_us: float
+    own_us: float
+    usual: bool
+    """As later rounds of its kind will be: no solve beside it, nothing compiled."""
 
 
 class Planning:
@@ -88,9 +105,17 @@ class Planning:
         self._rows: tuple[str, ...] = ()
 
     @property
-    def reference_tokens(self) -> int:
-        """How many committed tokens, over all rows, plans are judged on."""
-        return self.solving.reference_tokens
+    def wanted(self) -> Wanted:
+        """What plans are judged on."""
+        engine = self._engine
+        return Wanted.of(
+            self._config, self.solving.reference_tokens, engine.device.type, engine.max_model_len
+        )
+
+    @property
+    def solving_under_way(self) -> bool:
+        """Whether the device may be busy with a solve."""
+        return self.solving.under_way
 
     def choose(
         self,
@@ -168,6 +193,27 @@ class Planning:
         # batch of both has.
         telling = [(row.accepted, row.drafted) for row in verified if row.telling]
         self.acceptance.observe(plan, telling, context)
+
+    def observe_drafts(self, batch: Batch, plan: Plan, draft_length: int, time_us: float) -> None:
+        """What the drafting of a usual round took."""
+        if self.policy is not None:
+            self.policy.observe_draft(batch, plan, draft_length, time_us)
+
+    def observe_round(self, measured: MeasuredRound) -> None:
+        """What a round took, and what it was predicted to take."""
+        batch, choice = measured.batch, measured.choice
+        self._stats.add_round(measured.step_us, measured.own_us, measured.draft_us, 0.0)
+        if self.policy is None or not measured.usual:
+            return
+        self.policy.observe_step(batch, measured.fed, measured.step_us)
+        plain_us = round_us = measured.draft_us + measured.step_us  # of a round that declined
+        if choice.plan is not None:
+            plain_us = measured.gained * self.policy.plain_us(batch)
+        self._stats.add_prediction(choice.predicted_speedup, choice.round_us, plain_us, round_us)
+
+    def count(self, counts: StepCounts) -> None:
+        """What the scheduler of another process has counted."""
+        self._stats.add_counts(counts)
 
     def _seen(self, batch: Batch, max_draft_length: int) -> tuple[int | str, ...] | None:
         """What every rank should have in common when it asks rank 0 what to do."""

@@ -2,7 +2,7 @@
 """Route A: KnapSpec as a `custom_class` proposer of vLLM's V1 model runner.
 
 Turns the runner's state into `DraftRows`, lets `Planning` choose and `Drafter` draft. Only this
-file, `runner_rows`, `target`, `verify_graphs`, `async_planning` and `patches/` know which vLLM
+file, `runner_rows`, `target`, `verify_graphs`, `async_*` and `patches/` know which vLLM
 runner calls.
 """
 
@@ -18,6 +18,7 @@ import torch
 from knapspec_vllm import models
 from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.draft.agreement import Agreement
+from knapspec_vllm.draft.async_drafting import AsyncDrafting
 from knapspec_vllm.draft.async_planning import AsyncPlanning
 from knapspec_vllm.draft.cache_layout import bind_layers
 from knapspec_vllm.draft.drafter import Drafter
@@ -25,7 +26,7 @@ from knapspec_vllm.draft.engine import Engine, own_attention_groups
 from knapspec_vllm.draft.graphs import CudaCapture, StepGraphs, refusal
 from knapspec_vllm.draft.invariants import InvariantGuard
 from knapspec_vllm.draft.planning import Planning, Verified
-from knapspec_vllm.draft.references import References, newest_references
+from knapspec_vllm.draft.references import References, newest_passages
 from knapspec_vllm.draft.round_clock import RoundClock
 from knapspec_vllm.draft.rows import Candidates, DraftRows
 from knapspec_vllm.draft.runner_rows import of_runner
@@ -55,8 +56,10 @@ class KnapSpecProposer:
         self._drafted_plan: Plan | None = None
         self._clock = RoundClock(self.stats)
         self.verify_graphs = VerifyGraphs(self.num_speculative_tokens, self.config.draft_graphs)
-        #: Decides instead of `propose_full` where vLLM schedules asynchronously.
-        self.asynchronous: AsyncPlanning | None = None
+        #: Drafts instead of `propose_full` where vLLM schedules asynchronously.
+        self.asynchronous: AsyncDrafting | None = None
+        #: What its scheduler asks, if that has to; one of workers in other processes has its own.
+        self.scheduling: AsyncPlanning | None = None
         #: Where the cost curves come from: "source", "hardware", "measured_at" (seconds, epoch).
         self.calibration: dict[str, Any] = {}
         #: Beyond plain vLLM's, by kind.
@@ -109,7 +112,8 @@ class KnapSpecProposer:
         elif self.engine.device.type != "cpu":
             logger.info("KnapSpec drafts launch by launch, without CUDA graphs: %s", refused)
         if getattr(runner, "use_async_scheduling", False):
-            self.asynchronous = AsyncPlanning(self, runner)
+            self.asynchronous = AsyncDrafting(self, runner)
+            self.scheduling = AsyncPlanning(self.asynchronous)
         self._guard = InvariantGuard(self.engine) if self.config.debug_invariants else None
 
     def use(
@@ -132,6 +136,14 @@ class KnapSpecProposer:
             on_frontier,
         )
 
+    @property
+    def planner(self) -> Planning:
+        """`planning`; without cost curves if nobody has given any."""
+        if self.planning is None:
+            self.use(None, None, lambda frontier: None)
+        assert self.planning is not None
+        return self.planning
+
     def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         """vLLM's plain custom_class entry, which lacks what a KV-writing drafter needs."""
         raise RuntimeError(
@@ -153,18 +165,16 @@ class KnapSpecProposer:
         """
         self._clock.entered()
         self.attach(runner)
-        if self.planning is None:
-            self.use(None, None, lambda frontier: None)
-        assert self.planning is not None
+        planning = self.planner
         assert self.engine is not None
-        self.count_verified(scheduler_output)
+        self.verify_graphs.count(scheduler_output, self.stats)
         self._learn(runner, scheduler_output, sampled_token_ids)
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         scheduled = scheduler_output.total_num_scheduled_tokens
         # A token a row: what ends a prompt's last chunk is none of plain decoding.
         alone = all(sampled_token_ids) and scheduled == len(sampled_token_ids)
         steady = alone and self._clock.running
-        if self.planning.rests(runner.input_batch.req_ids, steady):
+        if planning.rests(runner.input_batch.req_ids, steady):
             self._clock.rested()
             return drafts
         most = getattr(scheduler_output, "num_spec_tokens_to_schedule", None)
@@ -173,11 +183,11 @@ class KnapSpecProposer:
         if len(rows) == 0:
             self._clock.stop()
             return drafts
-        self._clock.verified(self.planning, rows, scheduled, sampled_token_ids)
+        self._clock.verified(planning, rows, scheduled, sampled_token_ids)
         table = common_attn_metadata.block_table_tensor
         batch = Batch(len(rows), rows.context_tokens, rows.room)
         solved_us = self.stats.phase_us["solve"]
-        choice = self.planning.choose(
+        choice = planning.choose(
             batch,
             max(rows.limits),
             lambda: self._references(runner, rows, table),
@@ -193,15 +203,10 @@ class KnapSpecProposer:
                 drafts[i] = draft
         lengths = [len(drafts[i]) for i in rows.index]
         solve_us = self.stats.phase_us["solve"] - solved_us
-        unusual = solve_us > 0 or self.planning.solving.under_way
+        unusual = solve_us > 0 or planning.solving.under_way
         unusual |= choice.plan is not None and not self.drafter.settled
         self._clock.ended(batch, rows, choice, lengths, forwards, draft_us, solve_us, unusual)
         return drafts
-
-    def count_verified(self, scheduler_output: Any) -> None:
-        """A step is over."""
-        if (result := self.verify_graphs.result(scheduler_output)) is not None:
-            self.stats.verify_steps[result] += 1
 
     def stood_still(self) -> None:
         """The engine did not run for a while: what the present round takes teaches nothing."""
@@ -255,8 +260,13 @@ class KnapSpecProposer:
     def _references(self, runner: Any, rows: Candidates, table: torch.Tensor) -> References | None:
         assert self.engine is not None
         assert self.planning is not None
-        config, known = self.config, runner.input_batch.token_ids_cpu
-        return newest_references(
-            self.engine, rows, known, table, self.planning.reference_tokens,
-            config.reference_rows, config.reference_tokens,
-        )  # fmt: skip
+        known = runner.input_batch.token_ids_cpu
+        found = newest_passages(
+            rows,
+            lambda i, start, stop: known[rows.index[i], start:stop].tolist(),
+            self.planning.wanted,
+        )
+        if found is None:
+            return None
+        places = runner.input_batch.req_id_to_index
+        return found.on_device(self.engine, [places[req_id] for req_id in found.req_ids], table)

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from knapspec_vllm import ops
+from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.draft.engine import Engine
 from knapspec_vllm.draft.rows import Candidates
 
@@ -43,37 +44,74 @@ class References:
         return (self.starts[:, None] + offsets).flatten()
 
 
-def newest_references(
-    engine: Engine,
+@dataclass(frozen=True)
+class Wanted:
+    """How many tokens plans are judged on, and of which rows."""
+
+    number: int
+    """Over all rows."""
+    most_rows: int
+    least_tokens: int
+    """Of a row."""
+    latest_start: int
+    """Position."""
+
+    @classmethod
+    def of(
+        cls, config: KnapSpecConfig, number: int, device_type: str, max_model_len: int
+    ) -> Wanted:
+        latest = _CPU_CONTEXT if device_type == "cpu" else max_model_len
+        return cls(number, config.reference_rows, config.reference_tokens, latest)
+
+
+@dataclass(frozen=True)
+class Passages:
+    """The tokens of `References` on the host, as many of each row."""
+
+    req_ids: tuple[str, ...]
+    starts: tuple[int, ...]
+    #: Row after row.
+    tokens: tuple[int, ...]
+
+    def on_device(
+        self,
+        engine: Engine,
+        # of each row in the runner's batch
+        index: Sequence[int],
+        # [rows of the runner's batch, num_blocks] int32, on the device
+        block_table: torch.Tensor,
+    ) -> References | None:
+        """None where the layout of the KV cache is unknown."""
+        if not engine.paged_kv:
+            return None
+        width = max(1, -(-max(self.starts) // engine.block_size))
+        return References(
+            tokens=ops.to_device(list(self.tokens), torch.int64, engine.device),
+            starts=ops.to_device(list(self.starts), torch.int64, engine.device),
+            block_table=block_table[ops.to_device(list(index), torch.int64, engine.device), :width],
+            max_start=max(self.starts),
+        )
+
+
+def newest_passages(
     rows: Candidates,
-    # [rows of the runner's batch, max_model_len], on the host
-    known_tokens: Any,
-    # [rows of the runner's batch, num_blocks] int32, on the device
-    block_table: torch.Tensor,
-    number: int,
-    most_rows: int,
-    least_tokens: int,
-) -> References | None:
+    # place among these rows, first and end position
+    known_tokens: Callable[[int, int, int], Sequence[int]],
+    wanted: Wanted,
+) -> Passages | None:
     """The newest tokens of the longest rows; None while no row is long enough.
 
-    In all `number`: where fewer than `most_rows` rows are at hand, each gives more, because what a
-    solve learns grows with the tokens and not with the rows. least_tokens: of a row.
+    Where fewer than `most_rows` rows are at hand, each gives more, because what a solve learns
+    grows with the tokens and not with the rows.
     """
-    order = sorted(range(len(rows)), key=lambda i: (-rows.positions[i], i))
-    order = [i for i in order if rows.positions[i] + 1 >= least_tokens][:most_rows]
-    if not order or not engine.paged_kv:
+    order = sorted(range(len(rows.req_ids)), key=lambda i: (-rows.positions[i], i))
+    order = [i for i in order if rows.positions[i] + 1 >= wanted.least_tokens]
+    order = order[: wanted.most_rows]
+    if not order:
         return None
-    most = _CPU_CONTEXT if engine.device.type == "cpu" else engine.max_model_len
-    count = min(number // len(order), rows.positions[order[-1]] + 1)
-    starts = [min(rows.positions[i] + 1 - count, most) for i in order]
-    where = [rows.index[i] for i in order]
+    count = min(wanted.number // len(order), rows.positions[order[-1]] + 1)
+    starts = [min(rows.positions[i] + 1 - count, wanted.latest_start) for i in order]
     tokens: list[int] = []
-    for row, start in zip(where, starts, strict=True):
-        tokens += known_tokens[row, start : start + count].tolist()
-    width = max(1, -(-max(starts) // engine.block_size))
-    return References(
-        tokens=ops.to_device(tokens, torch.int64, engine.device),
-        starts=ops.to_device(starts, torch.int64, engine.device),
-        block_table=block_table[ops.to_device(where, torch.int64, engine.device), :width],
-        max_start=max(starts),
-    )
+    for i, start in zip(order, starts, strict=True):
+        tokens += known_tokens(i, start, start + count)
+    return Passages(tuple(rows.req_ids[i] for i in order), tuple(starts), tuple(tokens))

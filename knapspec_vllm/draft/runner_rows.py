@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from knapspec_vllm.draft.engine import Engine
 from knapspec_vllm.draft.rows import Candidates
 from knapspec_vllm.metrics.stats import Stats
 from knapspec_vllm.request_options import admitted_limit
+
+
+class Limits(Protocol):
+    """Of an engine; see `Engine`."""
+
+    @property
+    def max_model_len(self) -> int: ...
+    def most_drafts(self, rows: int) -> int: ...
 
 
 def of_runner(
@@ -46,16 +54,16 @@ def of_runner(
 
 
 def of_scheduler(
-    rows: list[tuple[Any, int]], engine: Engine, most: int, stats: Stats
+    rows: list[tuple[Any, int]], limits: Limits, most: int, stats: Stats
 ) -> Candidates:
     """The same of a step that has been scheduled; nobody knows its tokens or its place yet.
 
     rows: requests, and up to where their step computes them at most.
     """
-    most = min(most, engine.most_drafts(len(rows)))
+    most = min(most, limits.most_drafts(len(rows)))
     requests = [request for request, _ in rows]
     left = [_most_left(request) for request in requests]
-    room = [{"max_model_len": engine.max_model_len - 2 - computed} for _, computed in rows]
+    room = [{"max_model_len": limits.max_model_len - 2 - computed} for _, computed in rows]
     bounds, opted_out = _bounds(requests, room, left, most, stats)
     return Candidates(
         index=[],

@@ -20,6 +20,7 @@ from knapspec_vllm import ops
 from knapspec_vllm.draft.agreement import Agreement
 from knapspec_vllm.draft.graphs import padded_rows, put_right
 from knapspec_vllm.draft.rows import Candidates
+from knapspec_vllm.metrics.stats import Stats
 
 logger = logging.getLogger("vllm.knapspec")
 
@@ -41,6 +42,16 @@ class VerifyGraphs:
 
     def __len__(self) -> int:
         return sum(map(len, self._rows.values()))
+
+    @property
+    def shapes(self) -> dict[int, tuple[int, ...]]:
+        """Tokens per row -> numbers of rows of which whole verify steps are captured."""
+        return self._rows
+
+    @shapes.setter
+    def shapes(self, shapes: dict[int, tuple[int, ...]]) -> None:
+        """Of a runner in another process."""
+        self._rows = shapes
 
     def find(self, tokens: int, rows: int, tokens_per_row: int) -> Any | None:
         """vLLM's BatchDescriptor of the smallest graph for so many rows; None if there is none, or
@@ -76,6 +87,11 @@ class VerifyGraphs:
         longest = max(tokens.values())
         found = self.find(scheduler_output.total_num_scheduled_tokens, len(tokens), longest)
         return "pieces" if found is None else "whole"
+
+    def count(self, scheduler_output: Any, stats: Stats) -> None:
+        """A step is over."""
+        if (result := self.result(scheduler_output)) is not None:
+            stats.verify_steps[result] += 1
 
     def capture(self, runner: Any, capture: Callable[[Any], None]) -> None:
         """capture: vLLM's own, of a step with a descriptor, while it is capturing."""

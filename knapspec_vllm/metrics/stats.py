@@ -15,6 +15,15 @@ RATIO_BOUNDS = (0.5, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25, 2.0)
 CONTEXT_BOUNDS = (1024, 4096, 16384, 65536)
 
 
+@dataclass(frozen=True)
+class StepCounts:
+    """The fields of `Stats` that are counted where steps are scheduled."""
+
+    clipped_rows: Counter[str]
+    verify_steps: Counter[str]
+    placeholder_tokens: int
+
+
 @dataclass
 class Stats:
     """Plain counters, never decreasing; times in microseconds."""
@@ -118,6 +127,12 @@ class Stats:
             counts.extend([0] * (drafted - len(counts)))
             for position in range(number):
                 counts[position] += 1
+
+    def add_counts(self, counts: StepCounts) -> None:
+        """Counted in another process."""
+        self.clipped_rows.update(counts.clipped_rows)
+        self.verify_steps.update(counts.verify_steps)
+        self.placeholder_tokens += counts.placeholder_tokens
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready copy."""

@@ -43,13 +43,9 @@ def install_refusal(reason: Exception) -> None:
     arg_utils.install(refusal=reason)
 
 
-def install_in_worker(worker_class: type, asynchronous: bool = False) -> None:
-    """The runner and worker patches, in a worker whose config selects KnapSpec.
-
-    asynchronous: its steps are scheduled ahead, by a scheduler in this process.
-    """
+def install_in_worker(worker_class: type) -> None:
+    """The runner and worker patches, in a worker whose config selects KnapSpec."""
     from knapspec_vllm.patches import (
-        async_scheduler,
         cpu_triton_utils,
         gpu_model_runner,
         rejection_sampler,
@@ -60,8 +56,6 @@ def install_in_worker(worker_class: type, asynchronous: bool = False) -> None:
     workers.install(worker_class)
     rejection_sampler.install()
     cpu_triton_utils.install()
-    if asynchronous:
-        async_scheduler.install()
 
 
 def problems(tree: Path) -> list[str]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vllm.v1.core.sched: decisions and results where vLLM schedules ahead of the device.
 
-Installed in the process of a worker that is scheduled asynchronously, which is the scheduler's too.
+Installed when a scheduler starts that schedules for KnapSpec.
 """
 
 from __future__ import annotations
@@ -14,13 +14,22 @@ from knapspec_vllm import compat
 from knapspec_vllm.patches import apply
 from knapspec_vllm.patches.ledger import by_name
 
-#: The AsyncPlanning of each engine, by vLLM's instance id; their proposers keep them alive.
+#: The AsyncPlanning of each engine, by vLLM's instance id; proposers or schedulers keep them alive.
 _plannings: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
 def register(vllm_config: Any, planning: Any) -> None:
     """Let this engine's scheduler find its AsyncPlanning."""
     _plannings[vllm_config.instance_id] = planning
+
+
+def relay(scheduler: Any, vllm_config: Any) -> None:
+    """Have this scheduler ask workers in other processes."""
+    from knapspec_vllm.draft.async_relay import RelayedAsyncPlanning, RelayHost
+
+    host = RelayHost(vllm_config, scheduler.max_model_len)
+    scheduler.knapspec_planning = RelayedAsyncPlanning(host)
+    register(vllm_config, scheduler.knapspec_planning)
 
 
 def install() -> None:

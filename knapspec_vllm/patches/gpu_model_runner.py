@@ -24,6 +24,7 @@ def install() -> None:
         ("propose", _make_propose),
         ("fits_in_drafter", _make_fits),
         ("async_sampled", _make_states),
+        ("async_report", _make_report),
         ("plain_metadata", _make_metadata),
         ("decode_graphs", _make_graphs),
         ("capture_verify_graphs", _make_capture),
@@ -189,7 +190,19 @@ def _make_states(original: Any) -> Any:
     ) -> Any:
         drafter = drafter_of(self)
         if drafter is not None and drafter.asynchronous is not None:
-            drafter.asynchronous.sampled(output_token_ids, scheduler_output)
+            drafter.asynchronous.sampled(output_token_ids)
         return original(self, output_token_ids, scheduler_output)
 
     return _update_states_after_model_execute
+
+
+def _make_report(original: Any) -> Any:
+    @functools.wraps(original)
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        drafter = drafter_of(self)
+        if drafter is None or drafter.asynchronous is None:
+            return output
+        return drafter.asynchronous.reported(output)
+
+    return sample_tokens

@@ -70,13 +70,15 @@ PATCHES: tuple[Patch, ...] = (
         versions="0.32 and later, where the property exists",
     ),
     Patch(
-        name="lookahead_scheduler",
+        name="scheduler_start",
         seam=Seam("vllm.v1.core.sched.scheduler:Scheduler.__init__", ("vllm_config",)),
-        what="Sets num_lookahead_tokens of the new scheduler, as `lookahead` does.",
-        why="Before the property existed the scheduler computed the number itself.",
+        what="Installs async_decision and async_feedback in a scheduler whose config selects "
+        "KnapSpec; before VllmConfig.num_lookahead_tokens existed it also sets that number.",
+        why="Only selected schedulers may be changed; older ones compute the number of slots "
+        "themselves.",
         upstream="vllm-project/vllm#39487 (custom_class) left it at 0",
-        remove_when="the oldest supported vLLM has VllmConfig.num_lookahead_tokens.",
-        versions="0.26 and 0.27, up to where the property appears",
+        remove_when="a proposer may choose num_spec_tokens_to_schedule, and the oldest supported "
+        "vLLM has VllmConfig.num_lookahead_tokens.",
         stands_in_for="lookahead",
     ),
     Patch(
@@ -134,6 +136,17 @@ PATCHES: tuple[Patch, ...] = (
         why="custom_class proposers get tokens on the host, which then does not have them.",
         upstream="vllm-project/vllm#36219 (proposer unification RFC, open)",
         remove_when="custom_class proposers receive what EAGLE proposers receive.",
+    ),
+    Patch(
+        name="async_report",
+        seam=Seam(
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens", ("grammar_output",)
+        ),
+        what="Sends what the planner has decided, and what the step took, along with its output.",
+        why="Under --async-scheduling the scheduler has to know draft lengths before a step is "
+        "scheduled, and with tensor parallelism it is in another process than the planner.",
+        upstream="none: num_spec_tokens_to_schedule has no hook",
+        remove_when="a proposer may choose num_spec_tokens_to_schedule.",
     ),
     Patch(
         name="async_decision",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vllm.v1.core.sched.scheduler: KV slots for drafted positions in older vLLM."""
+"""vllm.v1.core.sched.scheduler: the moment a scheduler knows whether KnapSpec was selected."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from knapspec_vllm.patches.selection import is_selected
 
 
 def install() -> None:
-    """Wrap Scheduler.__init__ where VllmConfig has no num_lookahead_tokens."""
-    if compat.has_lookahead_property():
-        return
-    patch = by_name("lookahead_scheduler")
+    """Wrap Scheduler.__init__."""
+    patch = by_name("scheduler_start")
     owner, attribute = compat.resolve(patch.target)
     apply.replace(patch.name, owner, attribute, _make_init, patch.seam.parameters)
 
@@ -29,8 +27,16 @@ def _make_init(original: Any) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         config = signature.bind(self, *args, **kwargs).arguments["vllm_config"]
-        if is_selected(config):
+        if not is_selected(config):
+            return
+        if not compat.has_lookahead_property():
             wanted = config.speculative_config.num_speculative_tokens
             self.num_lookahead_tokens = max(self.num_lookahead_tokens, wanted)
+        if config.scheduler_config.async_scheduling:
+            from knapspec_vllm.patches import async_scheduler
+
+            async_scheduler.install()
+            if config.parallel_config.distributed_executor_backend not in (None, "uni"):
+                async_scheduler.relay(self, config)
 
     return __init__

@@ -29,7 +29,7 @@ def _make_init(original: Any) -> Any:
         if is_selected(config):
             from knapspec_vllm.patches import install_in_worker
 
-            install_in_worker(type(self), bool(config.scheduler_config.async_scheduling))
+            install_in_worker(type(self))
         original(self, *args, **kwargs)
 
     return __init__

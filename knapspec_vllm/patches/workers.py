@@ -42,8 +42,8 @@ def _make_warm_up(original: Any) -> Any:
             with _random_state_kept(runner), _compiling_expected():
                 drafter.attach(runner)
                 calibrate(drafter)
-            if drafter.asynchronous is not None:
-                async_scheduler.register(self.vllm_config, drafter.asynchronous)
+            if drafter.scheduling is not None:
+                async_scheduler.register(self.vllm_config, drafter.scheduling)
             _publish(drafter, self.vllm_config)
         return result
 

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 ItemKind = Literal["attention", "mlp"]
@@ -44,6 +44,10 @@ class Plan:
     def __hash__(self) -> int:
         # Plans key per-round dicts; hashing up to 200 modes each time would cost microseconds.
         return int(self.key, 16)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # To other processes with every step: a byte an item, and one object for all of a plan.
+        return _plan_of, (bytes(self.modes),)
 
     @classmethod
     def full(cls, num_layers: int) -> Plan:
@@ -105,6 +109,11 @@ class Plan:
     @property
     def is_full(self) -> bool:
         return self._counts["attention"][0] + self._counts["mlp"][0] == len(self.modes)
+
+
+@lru_cache(maxsize=256)
+def _plan_of(modes: bytes) -> Plan:
+    return Plan(tuple(map(Mode, modes)))
 
 
 @dataclass(frozen=True)

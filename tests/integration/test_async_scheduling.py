@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """`--async-scheduling`: vLLM schedules a step ahead, and drafts start from tokens nobody has seen.
 
-vLLM does without it on a CPU. Here its scheduler and runner are made to do it all the same: steps
-are then queued as on a GPU, and computed at once. Greedy tokens are those of plain vLLM.
+On a CPU steps are queued as on a GPU, and computed at once. Greedy tokens are those of plain vLLM.
+With workers in other processes: test_parallel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from ahead_on_cpu import schedule_ahead
 from engines import (
     LENGTHS,
     assert_same_tokens,
@@ -26,7 +24,6 @@ from engines import (
 )
 from features import assert_same_answers, run_features
 
-from knapspec_vllm import refusals
 from knapspec_vllm.bench.checkpoints import random_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -37,22 +34,8 @@ FORCED = {"plan": "skip mlp:1; window attn:1", "window_tokens": 16, "sink_tokens
 
 
 @pytest.fixture(autouse=True)
-def on_this_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if torch.cuda.is_available():
-        yield
-        return
-    monkeypatch.setattr(refusals, "ASYNC_DEVICES", ("cpu",))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: _Stream())
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
-    yield
-
-
-class _Stream:
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-    def wait_stream(self, other: Any) -> None: ...
-    def wait_event(self, event: Any) -> None: ...
-    def synchronize(self) -> None: ...
+def on_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule_ahead(monkeypatch.setattr)
 
 
 def asynchronous(settings: dict[str, Any], **options: Any) -> Any:
@@ -274,7 +257,11 @@ def test_draft_lengths_of_requests(
         ),
         ({"confidence_threshold": 0.5}, {}, "needs debug_invariants, confidence_threshold"),
         ({"strategy": "clasp"}, {}, "needs debug_invariants, confidence_threshold, strategy"),
-        ({}, {"tensor_parallel_size": 2}, "needs one rank, in the engine's own process"),
+        (
+            {},
+            {"distributed_executor_backend": "external_launcher"},
+            "needs workers that are vLLM's",
+        ),
     ],
 )
 def test_what_cannot_be(settings: dict, options: dict, words: str) -> None:

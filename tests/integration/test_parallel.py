@@ -27,6 +27,12 @@ from vllm import LLM, SamplingParams
 from knapspec_vllm.bench.inspection import knapspec_snapshot
 settings, prompts = json.loads(sys.argv[1])
 
+if "ahead" in sys.argv[2:]:
+    # Their modules name CUDA's streams as types, and workers are forked from here.
+    import vllm.v1.executor.multiproc_executor, vllm.v1.worker.cpu_worker
+    from ahead_on_cpu import schedule_ahead
+    schedule_ahead()
+
 def report(worker):
     # Of mismatches, at every broadcast.
     import knapspec_vllm.draft.agreement as agreement
@@ -47,7 +53,7 @@ llm.collective_rpc(report)
 params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
 requests = [{"prompt_token_ids": ids} for ids in prompts]
 tokens = [list(o.outputs[0].token_ids) for o in llm.generate(requests, params, use_tqdm=False)]
-if sys.argv[2:] == ["diverge"]:
+if "diverge" in sys.argv[2:]:
     llm.collective_rpc(diverge)
     for _ in range(2):
         after = llm.generate(requests, params, use_tqdm=False)
@@ -66,7 +72,8 @@ KNAPSPEC = {
 }
 
 
-RAY_ON_CPU = Path(__file__).parent / "ray_on_cpu"
+HERE = Path(__file__).parent
+RAY_ON_CPU = HERE / "ray_on_cpu"
 
 
 def run(model: Path, *more: str, **settings: object) -> tuple[list[list[int]], list[dict | None]]:
@@ -80,7 +87,8 @@ def run(model: Path, *more: str, **settings: object) -> tuple[list[list[int]], l
         env={
             **os.environ, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
             "RAY_USAGE_STATS_ENABLED": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RAY_ON_CPU),
+            "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{RAY_ON_CPU}:{HERE}",
+            **({"VLLM_WORKER_MULTIPROC_METHOD": "fork"} if "ahead" in more else {}),
         },
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
@@ -111,6 +119,25 @@ def test_two_ranks_give_the_tokens_of_one(
     )  # fmt: skip
     assert tokens == expected
     assert agreed(ranks)["draft_tokens"] > 0
+    assert [rank["tp_plan_mismatches"] for rank in ranks] == [0, 0]
+
+
+@pytest.mark.parity
+def test_two_ranks_scheduled_ahead(model: Path, expected: list[list[int]]) -> None:
+    """The scheduler asks workers in other processes; their answers count two steps later."""
+    tokens, ranks = run(
+        model, "ahead", tensor_parallel_size=2, distributed_executor_backend="mp",
+        speculative_config=KNAPSPEC, async_scheduling=True,
+    )  # fmt: skip
+    assert tokens == expected
+    stats = agreed(ranks)
+    assert 0 < stats["accepted_tokens"] < stats["draft_tokens"]
+    assert stats["solves"] > 0
+    # Both have it from the scheduler, and times from the first.
+    assert stats["measured_rounds"] > 5
+    assert stats["clipped_rows"]["max_tokens"] > 0
+    for part in ("step", "draft", "own"):
+        assert stats["phase_us"][part] == ranks[1]["stats"]["phase_us"][part] > 0
     assert [rank["tp_plan_mismatches"] for rank in ranks] == [0, 0]
 
 

@@ -31,8 +31,9 @@ ALLOWED: dict[str, set[str] | None] = {
     "draft": {"planner", "models", "ops"},
     "calibration": {"draft", "planner", "ops"},
     "refusals": {"planner", "models"},  # reads configs by attribute, knows no vLLM
-    # The hook after warm-up is where a worker's engine meets its calibration.
-    "patches": {"refusals", "calibration"},
+    # The hook after warm-up is where a worker's engine meets its calibration, and the start of a
+    # scheduler where it meets what relays to workers in other processes.
+    "patches": {"refusals", "calibration", "draft"},
     "plugin": {"patches"},
     "request_options": set(),
     "bench": None,

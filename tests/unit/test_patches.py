@@ -290,6 +290,7 @@ def test_selected_in_every_form(model: str, arguments: dict[str, Any]) -> None:
     "arguments, settings, asynchronous",
     [
         ({}, {}, True),  # as plain vLLM
+        ({"tensor_parallel_size": 2}, {}, True),
         ({"async_scheduling": True}, {}, True),
         ({"async_scheduling": False}, {}, False),
         ({}, {"debug_invariants": True}, False),
@@ -380,7 +381,7 @@ def test_worker_patches_wait_for_a_selected_worker(model: str) -> None:
 class Recorder:
     """Stands for KnapSpecProposer: what it is called with."""
 
-    asynchronous = None
+    asynchronous = scheduling = None
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
