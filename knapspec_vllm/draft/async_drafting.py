@@ -2,8 +2,9 @@
 """The worker's side of asynchronous scheduling: drafts behind a step, as its scheduler decided.
 
 Where that is in another process, its questions and what it has learned come with a step
-(`AsyncRound.calls`). They are attended to when the step's drafts are queued and the device is busy,
-by every rank in the same order, and the answer goes back with the step's output.
+(`AsyncRound.calls`). Every rank attends to them in the same order, when the step, its drafts and
+the copy of its results are queued (a solve would hold that up), and the first one's answer goes
+back with the step's output.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from knapspec_vllm.draft.async_rounds import (
 from knapspec_vllm.draft.engine import Engine
 from knapspec_vllm.draft.planning import Planning
 from knapspec_vllm.draft.references import Passages, References
-from knapspec_vllm.planner.types import Choice
+from knapspec_vllm.planner.types import Batch, Choice
 
 if TYPE_CHECKING:
     from knapspec_vllm.draft.proposer import KnapSpecProposer
@@ -47,7 +48,8 @@ class AsyncDrafting:
         self._sampled_at: Mark | None = None
         #: Number of the last step that drafted, or might have, and when it had.
         self._drafted: tuple[int, Mark] | None = None
-        self._report: Report | None = None
+        #: Of the step that has just been queued: what is asked, and its times.
+        self._asked: tuple[AsyncRound, Marks] | None = None
         self.num_speculative_tokens = proposer.num_speculative_tokens
         self.stats, self.verify_graphs = proposer.stats, proposer.verify_graphs
 
@@ -100,20 +102,25 @@ class AsyncDrafting:
             )
             self._drafted = found.number, found.times.drafted
             if found.calls is not None:
-                self._report = self._answer(found, found.times)
+                self._asked = found, found.times
         return drafts
 
     def reported(self, output: Any) -> Any:
-        """vLLM's output of the step that has just been queued, which will bring its report."""
-        report, self._report = self._report, None
-        if report is None:
+        """vLLM's output of the step that has just been queued; the first rank's will bring a report
+        to a scheduler in another process."""
+        asked, self._asked = self._asked, None
+        if asked is None:
             return output
+        report = self._answer(*asked)
+        if not self._proposer.agreement.leads:
+            return output  # nobody reads it
         get_output = output.get_output
 
         def with_report() -> Any:
             """In a thread that waits for the step."""
             result = get_output()
             setattr(result, REPORT, report.arrived())
+            del output.get_output  # or they refer to each other
             return result
 
         output.get_output = with_report
@@ -134,27 +141,27 @@ class AsyncDrafting:
         """Does what the scheduler asks for."""
         planning, stats, started = self.planner, self.stats, time.perf_counter()
         choice: Choice | None = None
-        wanted = False
         solved_us = stats.phase_us["solve"]
         for name, arguments in found.calls or ():
-            if name != "choose":
+            if name == "choose":
+                choice = self._choose(*arguments)
+            else:
                 getattr(planning, name)(*arguments)
-                continue
-            batch, most, passages, opted_out = arguments
-
-            def references(passages: Passages | None = passages) -> References | None:
-                nonlocal wanted
-                wanted = passages is None
-                return None if passages is None else self.references(passages)
-
-            choice = planning.choose(batch, most, references, opted_out)
         solve_us = stats.phase_us["solve"] - solved_us
         return Report(
             choice=choice,
-            wants_passages=wanted,
+            wants_passages=planning.solving.lacks_references and bool(self.limits.paged_kv),
             solving=solve_us > 0 or planning.solving_under_way,
             settled=found.decides is None or found.decides.settled,
             own_us=max(0.0, (time.perf_counter() - started) * 1e6 - solve_us),
             captured=self.verify_graphs.shapes,
             times=times,
         )
+
+    def _choose(
+        self, batch: Batch, most: int, passages: Passages | None, opted_out: bool
+    ) -> Choice:
+        if passages is None:
+            return self.planner.choose(batch, most, lambda: None, opted_out)
+        self.planner.look_again()  # a solve has been waiting for them
+        return self.planner.choose(batch, most, lambda: self.references(passages), opted_out)

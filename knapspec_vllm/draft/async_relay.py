@@ -5,7 +5,7 @@
 scheduler asks it and tells it goes along with each step, and is attended to behind the step's
 drafts; the answer comes back with the step's output. So what a step drafts was decided two steps
 before it, for the batch of that time: a batch that has just changed drafts by the old one's
-decision twice.
+decision twice. What the last steps before a pause have shown goes along with the first after it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class RelayedPlanning:
     def answered(self, report: Report, rows: int) -> None:
         """rows: of the batch that was asked for."""
         self._wants_passages = report.wants_passages
-        if report.choice is not None:
+        # Rows about to end say nothing of the next batch, which is asked for two steps later.
+        if report.choice is not None and report.choice.code not in ("no room", "opted out"):
             self._answer, self._answered_rows = report.choice, rows
 
     def _call(self, name: str, *arguments: Any) -> None:

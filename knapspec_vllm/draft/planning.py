@@ -175,6 +175,10 @@ class Planning:
         self._stats.add_choice(len(rows), False, self.last_choice.code)
         return True
 
+    def look_again(self) -> None:
+        """The next round is decided anew, though its batch may be of a kind that is declined."""
+        self._declined_kind = None
+
     def force(self, plan: Plan, draft_length: int) -> None:
         """Draft `draft_length` tokens with `plan` in every round from now on."""
         self._forced, self._forced_length = plan, draft_length

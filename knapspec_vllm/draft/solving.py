@@ -77,6 +77,8 @@ class Solving:
         self.graphs: SolveGraphs | None = None
         #: Solve in the next round, whatever the policy thinks; to be set on every rank.
         self.requested = False
+        #: One was due, but nobody gave tokens to judge plans on.
+        self.lacks_references = False
         self._since: int | None = None
         """Rounds since a strategy's last solve."""
         self._out_of_memory = False
@@ -106,9 +108,9 @@ class Solving:
         if reason is None and self._agreement.leads:
             reason = self._reason(policy, batch)
         reason = self._agreement.share(reason)
-        if reason is None:
-            return
-        found = references()  # same on every rank: derived from the scheduler's output only
+        # Same on every rank: derived from the scheduler's output only.
+        found = None if reason is None else references()
+        self.lacks_references = reason is not None and found is None
         if found is None:
             return
         self.requested = False

@@ -10,11 +10,21 @@ from typing import Any
 
 import pytest
 
+from knapspec_vllm.draft.async_drafting import AsyncDrafting
 from knapspec_vllm.draft.async_relay import RelayedAsyncPlanning, RelayedPlanning, RelayHost
-from knapspec_vllm.draft.async_rounds import REPORT, ROUND, AsyncRound, Decision, Report, Timing
+from knapspec_vllm.draft.async_rounds import (
+    REPORT,
+    ROUND,
+    AsyncRound,
+    Decision,
+    Marks,
+    Report,
+    Timing,
+)
 from knapspec_vllm.draft.references import Passages, Wanted
 from knapspec_vllm.metrics.stats import Stats
 from knapspec_vllm.planner.types import Batch, Choice, Plan
+from tests.helpers_planning import planning as declining
 
 PLAN = Plan.parse("skip attn:1 mlp:2", 4)
 CHOICE = Choice(PLAN, 3, 1.5, "predicted speedup 1.50", round_us=900.0)
@@ -64,6 +74,15 @@ def test_no_room_is_no_draft() -> None:
     declined = Choice(None, 0, 1.0, "no gain", "no gain", 800.0)
     planning.answered(report(declined), rows=2)
     assert ask(planning, most=0) == declined
+
+
+@pytest.mark.parametrize("code", ["no room", "opted out"])
+def test_rows_about_to_end_leave_the_answer(code: str) -> None:
+    """Or the next batch would begin with two plain steps."""
+    planning = RelayedPlanning(WANTED)
+    planning.answered(report(), rows=2)
+    planning.answered(report(Choice(None, 0, 1.0, code, code)), rows=2)
+    assert ask(planning) == CHOICE
 
 
 def test_tokens_travel_when_a_solve_is_due() -> None:
@@ -144,3 +163,63 @@ def test_a_step_and_its_answer(planning: RelayedAsyncPlanning) -> None:
     assert found.decides is not None
     assert found.decides.limits == {"a": 3}
     assert again.num_spec_tokens_to_schedule == 3
+
+
+class Output:
+    """Stands for vLLM's output of a step that is still computed."""
+
+    def get_output(self) -> SimpleNamespace:
+        return SimpleNamespace()
+
+
+def asked(drafting: AsyncDrafting, *arguments: Any) -> Report | None:
+    """A step that brings one question, as vLLM's runner ends it."""
+    drafting._asked = AsyncRound(1, None, calls=(("choose", arguments),)), Marks(None, 1.0, 2.0)
+    got: Report | None = getattr(drafting.reported(Output()).get_output(), REPORT, None)
+    return got
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_the_first_rank_answers(leads: bool) -> None:
+    drafting = worker(leads, resolve=False)
+    found = asked(drafting, Batch(1, 1000), 4, None, False)
+    assert (found is not None) == leads
+    assert found is None or found.times == Timing(None, 1e6)
+    assert drafting.stats.rounds == 1, "every rank decides"
+    output = Output()
+    assert drafting.reported(output) is output, "there is nothing to answer"
+    assert "get_output" not in vars(output)
+
+
+def test_a_solve_is_due_while_the_planner_declines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokens come in a step for which the decision to decline would hold."""
+    drafting = worker(True, resolve=True)
+    planning, solved = drafting.planner, []
+    monkeypatch.setattr(planning.solving, "_reason", lambda *_: "range")
+    monkeypatch.setattr(drafting, "references", lambda passages: passages)
+
+    def solve(policy: Any, batch: Batch, references: Any) -> SimpleNamespace:
+        solved.append(references)
+        return SimpleNamespace(ready=lambda: False)
+
+    monkeypatch.setattr(planning.solving, "_solve", solve)
+    batch, passages = Batch(1, 1000), Passages(("a",), (3,), (7, 8, 9))
+    for _ in range(2):  # the second is held
+        found = asked(drafting, batch, 4, None, False)
+        assert found is not None
+        assert found.choice is not None
+        assert (found.choice.code, found.wants_passages) == ("no gain", True)
+    found = asked(drafting, batch, 4, passages, False)
+    assert solved == [passages]
+    assert found is not None
+    assert (found.wants_passages, found.solving) == (False, True)
+
+
+def worker(leads: bool, **settings: Any) -> AsyncDrafting:
+    """With a planner that declines."""
+    made, _ = declining(hits=300, **settings)
+    proposer: Any = SimpleNamespace(
+        num_speculative_tokens=4, stats=made._stats, verify_graphs=SimpleNamespace(shapes={}),
+        planner=made, engine=SimpleNamespace(paged_kv=(1,)), agreement=SimpleNamespace(leads=leads),
+    )  # fmt: skip
+    return AsyncDrafting(proposer, None)
