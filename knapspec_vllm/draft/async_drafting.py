@@ -134,8 +134,7 @@ class AsyncDrafting:
         batch = self._runner.input_batch
         places = batch.req_id_to_index
         table = batch.block_table[0].get_device_tensor(len(places))
-        index = [places[req_id] for req_id in passages.req_ids]
-        return passages.on_device(self.limits, index, table)
+        return passages.on_device(self.limits, places, table)
 
     def _answer(self, found: AsyncRound, times: Marks) -> Report:
         """Does what the scheduler asks for."""

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from knapspec_vllm.draft.async_rounds import ROUND, AsyncRound, Decision, Marks, Timing
+from knapspec_vllm.draft.async_rounds import ROUND, AsyncRound, Decision, Timing
 from knapspec_vllm.draft.planning import MeasuredRound, Verified
 from knapspec_vllm.draft.references import Passages, References, Wanted, newest_passages
 from knapspec_vllm.draft.round_clock import interrupted
@@ -120,7 +120,7 @@ class AsyncPlanning:
         gained = self._feedback(scheduler, scheduler_output, output, found)
         if found.times is None:
             return
-        times = found.times.read() if isinstance(found.times, Marks) else found.times
+        times = found.times.read()
         self._learn_drafts(scheduler_output, found, times.draft_us)
         self._learn_round(scheduler_output, found, gained, times)
 

@@ -268,5 +268,4 @@ class KnapSpecProposer:
         )
         if found is None:
             return None
-        places = runner.input_batch.req_id_to_index
-        return found.on_device(self.engine, [places[req_id] for req_id in found.req_ids], table)
+        return found.on_device(self.engine, runner.input_batch.req_id_to_index, table)

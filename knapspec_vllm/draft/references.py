@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,8 +76,8 @@ class Passages:
     def on_device(
         self,
         engine: Engine,
-        # of each row in the runner's batch
-        index: Sequence[int],
+        # requests -> rows of the runner's batch
+        places: Mapping[str, int],
         # [rows of the runner's batch, num_blocks] int32, on the device
         block_table: torch.Tensor,
     ) -> References | None:
@@ -85,10 +85,11 @@ class Passages:
         if not engine.paged_kv:
             return None
         width = max(1, -(-max(self.starts) // engine.block_size))
+        index = [places[req_id] for req_id in self.req_ids]
         return References(
             tokens=ops.to_device(list(self.tokens), torch.int64, engine.device),
             starts=ops.to_device(list(self.starts), torch.int64, engine.device),
-            block_table=block_table[ops.to_device(list(index), torch.int64, engine.device), :width],
+            block_table=block_table[ops.to_device(index, torch.int64, engine.device), :width],
             max_start=max(self.starts),
         )
 

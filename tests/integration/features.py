@@ -18,6 +18,12 @@ SCHEMA = {
 }
 
 
+#: Of the engines: room for all of the requests at once.
+OPTIONS = {"max_model_len": 512, "max_num_seqs": 9}
+#: Drafts some of which are accepted.
+PLAN = {"plan": "skip attn:6,7 mlp:9,17", "draft_length": 4}
+
+
 def requests(model: Path) -> list[tuple[dict, dict]]:
     """(prompt, keyword arguments of SamplingParams) of each request."""
     texts = [{"prompt_token_ids": ids} for ids in text_prompts(model, (30, 60, 90, 129, 40, 20))]

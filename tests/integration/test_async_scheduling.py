@@ -22,7 +22,7 @@ from engines import (
     proposer_of,
     text_prompts,
 )
-from features import assert_same_answers, run_features
+from features import OPTIONS, PLAN, assert_same_answers, run_features
 
 from knapspec_vllm.bench.checkpoints import random_checkpoint
 
@@ -148,12 +148,9 @@ def test_rows_reach_max_model_len(smollm2_path, prompts, whole, monkeypatch) -> 
         assert proposer_of(llm).stats.clipped_rows["max_model_len"] > 0
 
 
-FEATURES = {"max_model_len": 512, "max_num_seqs": 9}
-
-
 @pytest.fixture(scope="module")
 def featured(smollm2_path: Path) -> list:
-    with engine(smollm2_path, **FEATURES) as llm:
+    with engine(smollm2_path, **OPTIONS) as llm:
         return run_features(llm, smollm2_path)
 
 
@@ -167,8 +164,7 @@ def test_features_of_requests(
     Each in an engine of its own: vLLM 0.27 leaves the `allowed_token_ids` of a row that moved where
     they were, and a later request there is bound by them (its ngram drafter shows the same).
     """
-    settings = {"plan": "skip attn:6,7 mlp:9,17", "draft_length": 4}
-    with engine(smollm2_path, settings, async_scheduling=True, **FEATURES) as llm:
+    with engine(smollm2_path, PLAN, async_scheduling=True, **OPTIONS) as llm:
         proposer = proposer_of(llm)
         beyond = captured(proposer, monkeypatch) if whole else []
         assert_same_answers(featured, run_features(llm, smollm2_path))

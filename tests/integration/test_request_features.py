@@ -12,12 +12,10 @@ from pathlib import Path
 
 import pytest
 from engines import engine, proposer_of
-from features import assert_same_answers, run_features
+from features import OPTIONS, PLAN, assert_same_answers, run_features
 
 pytestmark = pytest.mark.slow
 
-OPTIONS = {"max_model_len": 512, "max_num_seqs": 9}
-PLAN = {"plan": "skip attn:6,7 mlp:9,17", "draft_length": 4}
 #: Writes (answers, what the worker has counted); in a process of its own, which can be forked.
 AHEAD = """
 import json, pickle, sys
