@@ -48,7 +48,7 @@ def _apart(
     return 0.5 * tl.sum(tl.sum(difference * difference, axis=1), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["branches", "rows_out"])
 def _dp_relax_kernel(
     # [N, R, d] each
     full_ptr,
@@ -60,17 +60,18 @@ def _dp_relax_kernel(
     alive_ptr,
     # [3] float32
     savings_ptr,
-    # [3, N] int32: rows, parents, modes
+    # [3, M] int32: rows, parents, modes
     choice_ptr,
-    # [2, N] float32: saved, error
+    # [2, M] float32: saved, error
     values_ptr,
-    # [N] bool
+    # [M] bool
     new_alive_ptr,
     # [tiles, pool] float32: sums over the tokens of a tile; then [5, pool] for _choose
     sums_ptr,
     # [1] int32, 0 between launches
     arrivals_ptr,
     branches,
+    rows_out,
     num_tokens,
     dim,
     full_stride,
@@ -119,12 +120,11 @@ def _dp_relax_kernel(
 
     tl.debug_barrier()  # the arrival must not overtake another thread's store
     tiles = tl.num_programs(1)
-    arrived = tl.atomic_add(arrivals_ptr, 1)
-    if arrived == tl.num_programs(0) * tiles - 1:
+    if tl.atomic_add(arrivals_ptr, 1) == tl.num_programs(0) * tiles - 1:
         tl.store(arrivals_ptr, 0)
         choose_branches(
             saved_ptr, alive_ptr, savings_ptr, choice_ptr, values_ptr, new_alive_ptr, sums_ptr,
-            tiles, branches, num_tokens, max_error, max_saving, exchange_rate,
+            tiles, branches, rows_out, num_tokens, max_error, max_saving, exchange_rate,
             WINDOW, SKIP, TOLERANCE, BLOCK_TILES, BLOCK_POOL, BLOCK_OTHERS,
         )  # fmt: skip
 
@@ -135,9 +135,9 @@ def _gather_branches_kernel(
     full_ptr,
     window_ptr,
     skip_ptr,
-    # [N] int32
+    # [M] int32
     rows_ptr,
-    # [N, lines, size]
+    # [M, lines, size]
     out_ptr,
     branches,
     size,
@@ -184,26 +184,26 @@ def dp_relax(
     # [3] float32
     savings: torch.Tensor,
     *,
+    rows_out: int,
     prune_cosine: float,
     max_saving: float,
     exchange_rate: float,
 ) -> Relaxed:
-    """The N - 1 best of all modes of all branches, and the target as row 0; see the twin.
+    """The rows_out - 1 best of all modes of all branches, and the target as row 0; see the twin.
 
     Raises ValueError for streams that are not dense over d.
     """
     number, tokens, dim = full.shape
-    strides = _strides(full, window, skip)
     pool = number * (1 + (window is not None) + (skip is not None))
     block_dim = triton.next_power_of_2(dim)
-    # 16 elements of each stream a thread: the loads of all modes fit in registers at once, and 33
+    # 16 elements of each stream a thread: the loads of all modes fit in registers at once, and 32
     # branches of 32 tokens give an H100 two programs an SM from d = 512 on.
     block_tokens = min(max(4096 // block_dim, 1), triton.next_power_of_2(tokens))
     tiles = triton.cdiv(tokens, block_tokens)
     block_pool = triton.next_power_of_2(pool)
-    choice = torch.empty(3, number, dtype=torch.int32, device=full.device)
-    values = torch.empty(2, number, dtype=torch.float32, device=full.device)
-    new_alive = torch.empty(number, dtype=torch.bool, device=full.device)
+    choice = torch.empty(3, rows_out, dtype=torch.int32, device=full.device)
+    values = torch.empty(2, rows_out, dtype=torch.float32, device=full.device)
+    new_alive = torch.empty(rows_out, dtype=torch.bool, device=full.device)
     sums = torch.empty((tiles + 5) * pool, dtype=torch.float32, device=full.device)
     _dp_relax_kernel[number, tiles](
         full,
@@ -218,9 +218,10 @@ def dp_relax(
         sums,
         _arrivals(full.device),
         number,
+        rows_out,
         tokens,
         dim,
-        *strides,
+        *_strides(full, window, skip),
         1.0 - prune_cosine,
         max_saving,
         exchange_rate,
@@ -247,21 +248,20 @@ def gather_branches(
     window: torch.Tensor | None,
     # [N, R, d]
     skip: torch.Tensor | None,
-    # [N] int32
+    # [M] int32
     rows: torch.Tensor,
 ) -> torch.Tensor:
-    """The streams [N, R, d] at `rows` of full, window and skip stacked; a copy.
+    """The streams [M, R, d] at `rows` of full, window and skip stacked; a copy.
 
     Raises ValueError for streams that are not dense over d.
     """
     number, tokens, dim = full.shape
-    strides = _strides(full, window, skip)
     flat = all(states is None or states.stride(1) == dim for states in (full, window, skip))
     lines, size = (1, tokens * dim) if flat else (tokens, dim)
-    out = torch.empty(full.shape, dtype=full.dtype, device=full.device)
-    # Two 16-byte loads of bf16 a thread; 33 branches of 32 x 576 still make 2.5 programs an SM.
+    out = full.new_empty(len(rows), tokens, dim)
+    # Two 16-byte loads of bf16 a thread; 32 branches of 32 x 576 still make 2.4 programs an SM.
     block = 2048
-    _gather_branches_kernel[number, triton.cdiv(size, block), lines](
+    _gather_branches_kernel[len(rows), triton.cdiv(size, block), lines](
         full,
         full if window is None else window,
         full if skip is None else skip,
@@ -269,7 +269,7 @@ def gather_branches(
         out,
         number,
         size,
-        *strides,
+        *_strides(full, window, skip),
         WINDOW=window is not None,
         SKIP=skip is not None,
         BLOCK=block,

@@ -97,14 +97,15 @@ def _choose(
 
 @triton.jit
 def _write(
-    choice_ptr, values_ptr, alive_ptr, branches, where, mask, row, mode, saving, error, alive
-):
+    choice_ptr, values_ptr, alive_ptr, branches, rows_out,
+    where, mask, row, mode, saving, error, alive,
+):  # fmt: skip
     """Output rows `where`, all arguments from there on [BLOCK_POOL]."""
     tl.store(choice_ptr + where, row, mask=mask)
-    tl.store(choice_ptr + branches + where, row % branches, mask=mask)
-    tl.store(choice_ptr + 2 * branches + where, mode, mask=mask)
+    tl.store(choice_ptr + rows_out + where, row % branches, mask=mask)
+    tl.store(choice_ptr + 2 * rows_out + where, mode, mask=mask)
     tl.store(values_ptr + where, saving, mask=mask)
-    tl.store(values_ptr + branches + where, error, mask=mask)
+    tl.store(values_ptr + rows_out + where, error, mask=mask)
     tl.store(alive_ptr + where, alive, mask=mask)
 
 
@@ -116,16 +117,17 @@ def choose_branches(
     alive_ptr,
     # [3] float32
     savings_ptr,
-    # [3, N] int32: rows, parents, modes
+    # [3, M] int32: rows, parents, modes
     choice_ptr,
-    # [2, N] float32: saved, error
+    # [2, M] float32: saved, error
     values_ptr,
-    # [N] bool
+    # [M] bool
     new_alive_ptr,
     # [tiles, pool] float32: errors summed over the tokens of a tile; then room for [5, pool]
     sums_ptr,
     tiles,
     branches,
+    rows_out,
     num_tokens,
     max_error,
     max_saving,
@@ -159,12 +161,12 @@ def choose_branches(
         # FULL of the target is row 0, not a branch of its own.
         allowed = allowed & (index != 0) & (gain >= 0.0) & (saving <= max_saving)
         allowed, place = _choose(
-            saving, error, allowed, sums_ptr + tiles * pool, pool, branches - 1, exchange_rate,
+            saving, error, allowed, sums_ptr + tiles * pool, pool, rows_out - 1, exchange_rate,
             TOLERANCE, BLOCK_POOL, BLOCK_OTHERS,
         )  # fmt: skip
         _write(
-            choice_ptr, values_ptr, new_alive_ptr, branches, place + 1,
-            allowed & (place < branches - 1), index, mode, saving, error, allowed,
+            choice_ptr, values_ptr, new_alive_ptr, branches, rows_out, place + 1,
+            allowed & (place < rows_out - 1), index, mode, saving, error, allowed,
         )  # fmt: skip
         is_target = index == 0
         free = is_target | (index > tl.sum(allowed.to(tl.int32), axis=0))
@@ -172,11 +174,11 @@ def choose_branches(
         saving = tl.sum(tl.where(is_target, saving, 0.0), axis=0) + none
         error = tl.sum(tl.where(is_target, error, 0.0), axis=0) + none
         _write(
-            choice_ptr, values_ptr, new_alive_ptr, branches, index,
-            free & (index < branches), none, none, saving, error, is_target,
+            choice_ptr, values_ptr, new_alive_ptr, branches, rows_out, index,
+            free & (index < rows_out), none, none, saving, error, is_target,
         )  # fmt: skip
     else:
         _write(
-            choice_ptr, values_ptr, new_alive_ptr, branches, index,
+            choice_ptr, values_ptr, new_alive_ptr, branches, rows_out, index,
             exists, index, mode, saving, error, allowed | (index == 0),
         )  # fmt: skip

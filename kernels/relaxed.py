@@ -12,21 +12,21 @@ TOLERANCE = 1e-7
 
 
 class Relaxed(NamedTuple):
-    """The N branches after one item; row 0 is the target. On the device, never read by the host.
+    """The M branches after one item; row 0 is the target. On the device, never read by the host.
 
     A row that is not alive holds no plan; after a selection it repeats the target's values. Fields
     may share memory with each other and with the inputs.
     """
 
-    # [N] int32: place in full, window and skip stacked in this order (those that were given)
+    # [M] int32: place in full, window and skip stacked in this order (those that were given)
     rows: torch.Tensor
-    # [N] int32: row before the item
+    # [M] int32: row before the item
     parents: torch.Tensor
-    # [N] int32: 0 FULL, 1 WINDOW, 2 SKIP
+    # [M] int32: 0 FULL, 1 WINDOW, 2 SKIP
     modes: torch.Tensor
-    # [N] float32: share of the item time saved so far
+    # [M] float32: share of the item time saved so far
     saved: torch.Tensor
-    # [N] float32: 1 - cosine to the target, mean over the tokens
+    # [M] float32: 1 - cosine to the target, mean over the tokens
     error: torch.Tensor
-    # [N] bool
+    # [M] bool
     alive: torch.Tensor

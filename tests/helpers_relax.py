@@ -57,18 +57,24 @@ def naive_select(saved, error, allowed, live, rate) -> list[int]:
     return (first + [i for i in left if i not in first])[:live]
 
 
-def check(modes, streams, saved, alive, savings, *, prune=0.5, cap=0.75, rate=0.137) -> Relaxed:
-    """Runs the op and compares all it says of live branches; returns its result."""
+def check(
+    modes, streams, saved, alive, savings, *, rows_out=None, prune=0.5, cap=0.75, rate=0.137
+) -> Relaxed:
+    """Runs the op and compares all it says of live branches; returns its result.
+
+    rows_out: as many as there are branches, unless given.
+    """
     given = dict(zip(modes, streams, strict=True))
     full = given[FULL]
     number = len(full)
+    rows_out = number if rows_out is None else rows_out
     got = ops.dp_relax(
         full, given.get(WINDOW), given.get(SKIP), saved, alive, savings,
-        prune_cosine=prune, max_saving=cap, exchange_rate=rate,
+        rows_out=rows_out, prune_cosine=prune, max_saving=cap, exchange_rate=rate,
     )  # fmt: skip
     dtypes = [torch.int32] * 3 + [torch.float32] * 2 + [torch.bool]
     for field, dtype in zip(got, dtypes, strict=True):
-        assert field.shape == (number,)
+        assert field.shape == (rows_out,)
         assert field.dtype == dtype
         assert field.device == full.device
 
@@ -82,7 +88,7 @@ def check(modes, streams, saved, alive, savings, *, prune=0.5, cap=0.75, rate=0.
         candidate = parent != 0 or mode != FULL
         fits = error[place] <= 1 - prune and total[place] <= cap
         allowed.append(alive[parent] and candidate and fits and savings[mode] >= 0)
-    rows = [0, *naive_select(total, error, allowed, number - 1, rate)]
+    rows = [0, *naive_select(total, error, allowed, rows_out - 1, rate)]
     live = len(rows)
     wanted = {
         "alive": [True] * live,
@@ -99,7 +105,7 @@ def check(modes, streams, saved, alive, savings, *, prune=0.5, cap=0.75, rate=0.
     assert_close("error", want, got.error[:live], ABSOLUTE, RELATIVE)
     # A dead row repeats the target: it must be fit to gather by, and to run a layer on.
     for field in got[:5]:
-        assert torch.equal(field[live:], field[:1].expand(number - live))
+        assert torch.equal(field[live:], field[:1].expand(rows_out - live))
     return got
 
 

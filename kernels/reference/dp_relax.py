@@ -25,21 +25,22 @@ def dp_relax(
     # [3] float32: what FULL, WINDOW and SKIP save; negative forbids the mode
     savings: torch.Tensor,
     *,
+    rows_out: int,
     prune_cosine: float,
     max_saving: float,
     exchange_rate: float,
 ) -> Relaxed:
-    """The N - 1 best of all modes of all branches, and the target as row 0.
+    """The M - 1 best of all modes of all branches, and the target as row 0; M is rows_out.
 
     A candidate's error is 0.5 * |x / |x| - t / |t||^2 in its mean over the tokens, t the target's
     state: 1 - cosine, but exact where the cosine is close to 1. Candidates need a live parent, an
     error of at most 1 - prune_cosine and a saving of at most max_saving; FULL of the target is row
-    0 and no candidate. The best of each of N - 1 equal ranges of saving go on, then the best of the
+    0 and no candidate. The best of each of M - 1 equal ranges of saving go on, then the best of the
     rest; better is the higher exchange_rate * saving - error. Dominated candidates are dropped, the
     later of two equal ones too; ties go to the lower index.
 
     Without window and skip the item always runs: row i stays row i, with its saving, and is alive
-    if it was and its error allows it.
+    if it was and its error allows it; M is N then.
     """
     number = full.shape[0]
     streams = [states for states in (full, window, skip) if states is not None]
@@ -57,10 +58,10 @@ def dp_relax(
     pool_saved = (saved + gains).flatten()
     allowed = (alive & (gains >= 0.0)).flatten() & near & (pool_saved <= max_saving)
     allowed[:1].fill_(False)
-    chosen, kept = _select(pool_saved, error, allowed, number - 1, exchange_rate)
-    rows = torch.zeros(number, dtype=torch.int32, device=full.device)
+    chosen, kept = _select(pool_saved, error, allowed, rows_out - 1, exchange_rate)
+    rows = torch.zeros(rows_out, dtype=torch.int32, device=full.device)
     rows[1:] = chosen * kept
-    new_alive = torch.ones_like(alive)
+    new_alive = torch.ones(rows_out, dtype=torch.bool, device=full.device)
     new_alive[1:] = kept
     return Relaxed(
         rows,
@@ -79,10 +80,10 @@ def gather_branches(
     window: torch.Tensor | None,
     # [N, R, d]
     skip: torch.Tensor | None,
-    # [N] int32
+    # [M] int32
     rows: torch.Tensor,
 ) -> torch.Tensor:
-    """The streams [N, R, d] at `rows` of full, window and skip stacked; a copy."""
+    """The streams [M, R, d] at `rows` of full, window and skip stacked; a copy."""
     streams = [states for states in (full, window, skip) if states is not None]
     # The copy that stacks is cheaper than blending three gathers, and index_select several times
     # cheaper than indexing.

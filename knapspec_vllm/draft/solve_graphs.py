@@ -21,13 +21,8 @@ from knapspec_vllm.draft.engine import Engine
 from knapspec_vllm.draft.graphs import Capture
 from knapspec_vllm.draft.references import References
 from knapspec_vllm.draft.windows import WindowGeometry
-from knapspec_vllm.planner.solver import (
-    ItemWeights,
-    PendingSolve,
-    Savings,
-    SolverSettings,
-    run_solver,
-)
+from knapspec_vllm.planner.pending_solve import PendingSolve
+from knapspec_vllm.planner.solver import ItemWeights, Savings, SolverSettings, run_solver
 
 
 @dataclass(frozen=True)

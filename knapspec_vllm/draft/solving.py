@@ -19,8 +19,9 @@ from knapspec_vllm.draft.solve_graphs import SolveGraphs
 from knapspec_vllm.draft.windows import WindowGeometry
 from knapspec_vllm.metrics.stats import Stats
 from knapspec_vllm.planner import baselines
+from knapspec_vllm.planner.pending_solve import PendingSolve
 from knapspec_vllm.planner.policy import Policy
-from knapspec_vllm.planner.solver import ItemWeights, PendingSolve, SolverSettings, start_solve
+from knapspec_vllm.planner.solver import ItemWeights, SolverSettings, start_solve
 from knapspec_vllm.planner.types import Batch, Frontier, Mode, PlanEstimate
 
 logger = logging.getLogger("vllm.knapspec")

@@ -18,6 +18,7 @@ def dp_relax(
     alive: torch.Tensor,
     savings: torch.Tensor,
     *,
+    rows_out: int,
     prune_cosine: float,
     max_saving: float,
     exchange_rate: float,
@@ -26,9 +27,10 @@ def dp_relax(
 
     full, window, skip [N, R, d]: streams after the modes of the item, row 0 the target's; window
     and skip may be None. saved [N] float32 and alive [N] bool: of the branches before the item;
-    savings [3] float32: what FULL, WINDOW and SKIP save, negative to forbid a mode.
+    savings [3] float32: what FULL, WINDOW and SKIP save, negative to forbid a mode. rows_out: rows
+    after the item, M; at most as many as there are candidates, N for an item that always runs.
 
-    Returns, each [N]: rows int32 (index into full, window and skip stacked in this order), parents
+    Returns, each [M]: rows int32 (index into full, window and skip stacked in this order), parents
     and modes int32, saved and error float32, alive bool. Raises ValueError for misfits.
     """
     branches = full.shape[0]
@@ -38,6 +40,9 @@ def dp_relax(
     check("saved", saved, (branches,))
     check("alive", alive, (branches,))
     check("savings", savings, (3,))
+    options = 1 + (window is not None) + (skip is not None)
+    if not (rows_out == branches if options == 1 else 1 <= rows_out <= options * branches):
+        raise ValueError(f"rows_out is {rows_out} for {branches} branches in {options} modes")
     return run(
         "dp_relax",
         full,
@@ -47,6 +52,7 @@ def dp_relax(
         saved,
         alive,
         savings,
+        rows_out=rows_out,
         prune_cosine=prune_cosine,
         max_saving=max_saving,
         exchange_rate=exchange_rate,
@@ -56,8 +62,8 @@ def dp_relax(
 def gather_branches(
     full: torch.Tensor, window: torch.Tensor | None, skip: torch.Tensor | None, rows: torch.Tensor
 ) -> torch.Tensor:
-    """The streams [N, R, d] at `rows` [N] int32 of full, window and skip stacked; see dp_relax."""
-    check("rows", rows, tuple(full.shape[:1]))
+    """The streams [M, R, d] at `rows` [M] int32 of full, window and skip stacked; see dp_relax."""
+    check("rows", rows, (len(rows),))
     return run("dp_relax", full, full, window, skip, rows, name="gather_branches")
 
 

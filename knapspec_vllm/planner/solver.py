@@ -19,16 +19,26 @@ O(branches * R * d) plus two small integers per item and branch.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field, fields
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from knapspec_vllm import ops
-from knapspec_vllm.planner.selection import EXCHANGE_RATE, pareto
-from knapspec_vllm.planner.types import Mode, Plan, PlanEstimate
+from knapspec_vllm.planner.pending_solve import PendingSolve
+from knapspec_vllm.planner.selection import EXCHANGE_RATE
+from knapspec_vllm.planner.types import PlanEstimate
+
+NARROW = (0.5, 0.9)
+"""Between these shares of the items half as many branches go on.
+
+Width pays early: what was dropped there leaves no descendants. Of 50 windows of SmolLM2 plans agree
+with the target as with all branches throughout (+0.000, standard error 0.005) and the choice is
+worth 0.9626 instead of 0.9641 (0.0023), for 22% less time; from 0.4 on it is worth 0.954, and with
+half throughout 0.959. All again at the end, so that the levels of saving there have a plan each."""
 
 WINDOW_MIN_GAIN = 0.03
 """WINDOW is an option only where it saves at least this share of a FULL attention."""
@@ -60,7 +70,7 @@ class SolverSettings:
     """The fields of KnapSpecConfig that the solver reads, with the same meaning."""
 
     bins: int = 32
-    live_branches: int = 32
+    live_branches: int = 31
     max_saving: float = 0.75
     prune_cosine: float = 0.85
     keep_first_layers: int = 1
@@ -147,26 +157,37 @@ def run_solver(
     """
     layers, number = runner.num_layers, settings.live_branches + 1
     alive = torch.ones(1, dtype=torch.bool, device=reference.device)
-    branches = _Branches(reference[None], torch.zeros(1, device=reference.device), alive)
+    branches = _Branches(
+        2 * layers, reference[None], torch.zeros(1, device=reference.device), alive
+    )
     for layer in range(layers):
         kept = layer < settings.keep_first_layers or layer >= layers - settings.keep_last_layers
         full, window = runner.attention(layer, branches.states, savings.windows and not kept)
         branches.advance(full, window, kept, savings.attention, settings)
         full = runner.mlp(layer, branches.states)
         branches.advance(full, None, kept, savings.mlp, settings)
-    branches.grow(number)
     tokens = runner.top1(branches.states)
     hits = (tokens == tokens[:1]).sum(dim=1, dtype=torch.int32)
     floats = torch.stack([branches.saved, branches.error]).view(torch.int32)
     flags = [hits, branches.alive.to(torch.int32)]
-    pointers = [_padded(row, number) for row in branches.parents + branches.modes]
-    return torch.cat([floats, torch.stack(flags + pointers)])
+    rows = [*floats, *flags, *branches.parents, *branches.modes]
+    # Dead columns behind each row; rows of one length at a time, as every item's would be launches.
+    alike = [torch.stack(list(group)) for _, group in groupby(rows, key=len)]
+    return torch.cat([F.pad(group, (0, number - group.shape[1])) for group in alike])
+
+
+def branches_after(share: float, live_branches: int) -> int:
+    """Most branches that go on when this share of the items is behind them; see NARROW."""
+    first, last = NARROW
+    return max(live_branches // 2, 1) if first <= share < last else live_branches
 
 
 @dataclass
 class _Branches:
     """Row 0 is the target, rows 1.. are partial plans. As many rows as branches may be alive."""
 
+    items: int
+    """Of the model."""
     states: Tensor
     """[N, R, d]."""
     saved: Tensor
@@ -187,14 +208,12 @@ class _Branches:
         settings: SolverSettings,
     ) -> None:
         """From before an item to after it; full, window [N, R, d]: streams after the item."""
+        skip = None if kept else self.states
         rows = len(full)
         if not kept:
+            most = branches_after((len(self.modes) + 1) / self.items, settings.live_branches)
             # The first items have few branches: a tenth of a solve's work, were all rows run.
-            self.grow(min(settings.live_branches + 1, rows * (2 if window is None else 3)))
-            rows = len(self.alive)
-            full = _padded(full, rows)
-            window = None if window is None else _padded(window, rows)
-        skip = None if kept else self.states
+            rows = min(most + 1, rows * (2 if window is None else 3))
         found = ops.dp_relax(
             full,
             window,
@@ -202,6 +221,7 @@ class _Branches:
             self.saved,
             self.alive,
             savings,
+            rows_out=rows,
             prune_cosine=settings.prune_cosine,
             max_saving=settings.max_saving,
             exchange_rate=EXCHANGE_RATE,
@@ -210,91 +230,3 @@ class _Branches:
         self.saved, self.error, self.alive = found.saved, found.error, found.alive
         self.parents.append(found.parents)
         self.modes.append(found.modes)
-
-    def grow(self, rows: int) -> None:
-        """To at least `rows` rows; the new ones repeat the target and are dead."""
-        more = rows - len(self.alive)
-        if more <= 0:
-            return
-        self.states, self.saved = _padded(self.states, rows), _padded(self.saved, rows)
-        self.alive = torch.cat([self.alive, self.alive.new_zeros(more)])
-        if self.error is not None:
-            self.error = _padded(self.error, rows)
-
-
-def _padded(values: Tensor, rows: int) -> Tensor:
-    """Row 0 repeated behind the others."""
-    more = rows - len(values)
-    if more <= 0:
-        return values
-    return torch.cat([values, values[:1].expand(more, *values.shape[1:])])
-
-
-class PendingSolve:
-    """A solve under way on the device, from the moment it is made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._started = time.perf_counter()
-        self._on_device = device.type != "cpu"
-        self._begins = self._mark(device)
-        self._arrived: torch.Event | None = None
-
-    def fetch(self, packed: Tensor, trials: int, bins: int) -> None:
-        """Queue the copy of run_solver's result to the host. trials: reference tokens."""
-        self._trials, self._bins = trials, bins
-        self._packed = packed
-        if self._on_device:
-            self._packed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-            self._packed.copy_(packed, non_blocking=True)
-            self._arrived = self._mark(packed.device)
-        self._queued = time.perf_counter()
-
-    def _mark(self, device: torch.device) -> torch.Event | None:
-        if not self._on_device:
-            return None
-        event = torch.Event(device.type, enable_timing=True)
-        event.record()
-        return event
-
-    def ready(self) -> bool:
-        """Whether result() would not wait."""
-        return self._arrived is None or self._arrived.query()
-
-    @property
-    def host_us(self) -> float:
-        """What the host had to do with it: all of it on a CPU."""
-        return (self._queued - self._started) * 1e6
-
-    @property
-    def time_us(self) -> float:
-        """What it took; once it is ready."""
-        if self._begins is None or self._arrived is None:
-            return self.host_us
-        return max(self.host_us, 1e3 * self._begins.elapsed_time(self._arrived))
-
-    def result(self) -> tuple[PlanEstimate, ...]:
-        """The frontier's plans, backtracked on the host; see `solve`."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        floats = self._packed[:2].view(torch.float32)
-        saved, error = floats.tolist()
-        hits, alive, *pointers = self._packed[2:].tolist()
-        parents, modes = pointers[: len(pointers) // 2], pointers[len(pointers) // 2 :]
-        found: dict[Plan, tuple[float, PlanEstimate]] = {}
-        for branch in range(1, len(alive)):
-            if not alive[branch]:
-                continue
-            plan = Plan(_backtrack(parents, modes, branch))
-            cosine = max(1.0 - error[branch], -1.0)
-            if not plan.is_full:
-                estimate = PlanEstimate(plan, cosine, hits[branch], self._trials)
-                found.setdefault(plan, (saved[branch], estimate))
-        return pareto(list(found.values()), self._bins)
-
-
-def _backtrack(parents: list[list[int]], modes: list[list[int]], branch: int) -> tuple[Mode, ...]:
-    path = []
-    for parent_row, mode_row in zip(reversed(parents), reversed(modes), strict=True):
-        path.append(Mode(mode_row[branch]))
-        branch = parent_row[branch]
-    return tuple(reversed(path))

@@ -37,7 +37,9 @@ pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("implementation")]
 )
 def test_matches_loops(number, tokens, dim, dtype, modes, device):
     case = random_case(number, tokens, dim, modes, device, dtype)
-    check(modes, *case)
+    # As the branches of the first items grow, stay as many, and become fewer.
+    for rows_out in (len(modes) * number, number, 1 + number // 2):
+        check(modes, *case, rows_out=rows_out)
 
 
 def test_errors_close_to_zero_are_exact(device):
@@ -49,7 +51,7 @@ def test_errors_close_to_zero_are_exact(device):
     saved, savings = torch.arange(4) / 8, torch.tensor([0.0, 0.0, 0.02])
     got = ops.dp_relax(
         streams[0], None, streams[1], saved.to(device), ones, savings.to(device),
-        prune_cosine=0.9, max_saving=1.0, exchange_rate=0.1,
+        rows_out=4, prune_cosine=0.9, max_saving=1.0, exchange_rate=0.1,
     )  # fmt: skip
     error = torch.tensor(naive_errors(target, streams), dtype=torch.float64)
     picked = error[got.rows[got.alive].long().cpu()]
@@ -64,7 +66,7 @@ def test_item_that_always_runs_keeps_rows_in_place(device):
     alive[2] = False
     got = ops.dp_relax(
         streams[0], None, None, saved, alive, savings,
-        prune_cosine=0.6, max_saving=0.0, exchange_rate=0.1,
+        rows_out=7, prune_cosine=0.6, max_saving=0.0, exchange_rate=0.1,
     )  # fmt: skip
     error = naive_errors(streams[0][0], streams)
     want = [n == 0 or (bool(alive[n]) and error[n] <= 0.4) for n in range(7)]
@@ -77,7 +79,7 @@ def test_item_that_always_runs_keeps_rows_in_place(device):
     assert_close("error", want, got.error[got.alive], ABSOLUTE, RELATIVE)
     got = ops.dp_relax(
         streams[0], None, None, saved, alive, savings,
-        prune_cosine=1.1, max_saving=0.0, exchange_rate=0.1,
+        rows_out=7, prune_cosine=1.1, max_saving=0.0, exchange_rate=0.1,
     )  # fmt: skip
     assert got.alive.tolist() == [True] + [False] * 6
 
@@ -160,6 +162,8 @@ def test_gather(number, tokens, dim, dtype, device):
         rows[-1] = count - 1
         check_gather(streams, rows.to(device))
         check_gather(streams, torch.full_like(rows, count // 2).to(device))  # all the same
+        check_gather(streams, torch.cat([rows, rows[:1]]).to(device))  # more than there were
+        check_gather(streams, rows[-1:].to(device))
 
 
 def test_offsets_beyond_32_bits(device):
@@ -181,6 +185,19 @@ def test_offsets_beyond_32_bits(device):
     assert torch.equal(got, torch.stack([skip[2], full[2], full[1]]))
 
 
+@pytest.mark.parametrize(
+    "modes, rows_out", [((FULL, SKIP), 0), ((FULL, SKIP), 7), ((FULL,), 2), ((FULL,), 4)]
+)
+def test_rows_that_nothing_can_fill_are_refused(modes, rows_out, device):
+    streams, saved, alive, savings = random_case(3, 2, 8, modes, device)
+    given = dict(zip(modes, streams, strict=True))
+    with pytest.raises(ValueError, match=f"rows_out is {rows_out} for 3 branches"):
+        ops.dp_relax(
+            given[FULL], None, given.get(SKIP), saved, alive, savings,
+            rows_out=rows_out, prune_cosine=0.5, max_saving=1.0, exchange_rate=0.1,
+        )  # fmt: skip
+
+
 def test_streams_that_are_not_dense_are_refused(implementation, device):
     full = torch.randn(2, 4, 6, device=device).transpose(1, 2)
     rows = torch.zeros(2, dtype=torch.int32, device=device)
@@ -196,7 +213,7 @@ def test_in_a_cuda_graph(device):
     modes = (0, 1, 2)
     cases = [random_case(9, 8, 96, modes, device) for _ in range(2)]
     streams, *values = [[part.clone() for part in cases[0][0]], *(v.clone() for v in cases[0][1:])]
-    settings = {"prune_cosine": 0.5, "max_saving": 0.75, "exchange_rate": 0.137}
+    settings = {"rows_out": 9, "prune_cosine": 0.5, "max_saving": 0.75, "exchange_rate": 0.137}
 
     def step():
         relaxed = ops.dp_relax(*streams, *values, **settings)

@@ -15,16 +15,14 @@ def select(saved: list[float], error: list[float], live: int) -> list[int]:
     # One token of width 2, turned away from the target by the angle that gives the error.
     angles = [0.0, *(math.acos(1.0 - e) for e in error)]
     full = torch.tensor([[[math.cos(a), math.sin(a)]] for a in angles])
-    number = max(live, len(error)) + 1
-    full = torch.cat([full, full[:1].expand(number - len(full), 1, 2)])
-    alive = torch.arange(number) <= len(error)
     found = ops.dp_relax(
         full,
         None,
         full,
-        torch.tensor([0.0, *saved, *[0.0] * (number - len(saved) - 1)]),
-        alive,
+        torch.tensor([0.0, *saved]),
+        torch.ones(len(full), dtype=torch.bool),
         torch.tensor([0.0, -1.0, -1.0]),
+        rows_out=live + 1,
         prune_cosine=0.0,
         max_saving=1.0,
         exchange_rate=EXCHANGE_RATE,
