@@ -92,6 +92,7 @@ class AsyncDrafting:
             common_attn_metadata.block_table_tensor,
         )
         found: AsyncRound | None = getattr(scheduler_output, ROUND, None)
+        solve = self.planner.solving.take_started()
         if found is not None:
             before = self._drafted
             follows = before is not None and before[0] == found.number - 1
@@ -99,6 +100,7 @@ class AsyncDrafting:
                 before[1] if follows and before is not None else None,
                 self._sampled_at,
                 mark(drafts.device),
+                solve,
             )
             self._drafted = found.number, found.times.drafted
             if found.calls is not None:

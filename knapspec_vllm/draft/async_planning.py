@@ -239,6 +239,7 @@ class AsyncPlanning:
                 step_us=times.step_us,
                 draft_us=last.draft_us,
                 own_us=last.own_us,
+                solve_us=times.solve_us,
                 usual=last.settled and not solving,
             )
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 
@@ -56,6 +56,12 @@ class Decision:
         return 0 if self.choice.plan is None else self.choice.draft_length
 
 
+class TimedSolve(Protocol):
+    @property
+    def time_us(self) -> float:
+        """What it took the device, once it is over."""
+
+
 @dataclass
 class Timing:
     """What a step's parts took on the device, microseconds."""
@@ -65,6 +71,8 @@ class Timing:
     step_us: float | None
     #: From there until its rows had drafted.
     draft_us: float
+    #: Of a solve that ran before the step; not part of step_us.
+    solve_us: float = 0.0
 
     def read(self) -> Timing:
         return self
@@ -77,11 +85,16 @@ class Marks:
     before: Mark | None
     sampled: Mark
     drafted: Mark
+    #: Queued between `before` and `sampled`.
+    solve: TimedSolve | None = None
 
     def read(self) -> Timing:
         """Once they have passed."""
         step_us = None if self.before is None else between_us(self.before, self.sampled)
-        return Timing(step_us, between_us(self.sampled, self.drafted))
+        solve_us = 0.0 if self.solve is None else self.solve.time_us
+        if step_us is not None:
+            step_us = max(0.0, step_us - solve_us)
+        return Timing(step_us, between_us(self.sampled, self.drafted), solve_us)
 
 
 @dataclass

@@ -53,6 +53,8 @@ class MeasuredRound:
     step_us: float
     draft_us: float
     own_us: float
+    solve_us: float
+    """Of a solve beside it; no part of step_us."""
     usual: bool
     """As later rounds of its kind will be: no solve beside it, nothing compiled."""
 
@@ -206,7 +208,9 @@ class Planning:
     def observe_round(self, measured: MeasuredRound) -> None:
         """What a round took, and what it was predicted to take."""
         batch, choice = measured.batch, measured.choice
-        self._stats.add_round(measured.step_us, measured.own_us, measured.draft_us, 0.0)
+        self._stats.add_round(
+            measured.step_us, measured.own_us, measured.draft_us, measured.solve_us
+        )
         if self.policy is None or not measured.usual:
             return
         self.policy.observe_step(batch, measured.fed, measured.step_us)

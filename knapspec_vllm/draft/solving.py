@@ -84,6 +84,7 @@ class Solving:
         """Rounds since a strategy's last solve."""
         self._out_of_memory = False
         self._pending: _Pending | None = None
+        self._started: PendingSolve | _Solved | None = None
 
     @property
     def reference_tokens(self) -> int:
@@ -96,6 +97,11 @@ class Solving:
     def under_way(self) -> bool:
         """Whether the device may be busy with a solve."""
         return self._pending is not None
+
+    def take_started(self) -> PendingSolve | _Solved | None:
+        """The solve that was queued since this was asked last."""
+        started, self._started = self._started, None
+        return started
 
     def start(
         self, policy: Policy, batch: Batch, references: Callable[[], References | None]
@@ -128,6 +134,7 @@ class Solving:
             return
         context = f"{reason}; batch {batch.rows}, context {batch.context_per_row:.0f}"
         self._pending = _Pending(solve, batch, f"{context}, {len(found.tokens)} reference tokens")
+        self._started = solve
 
     def collect(self, policy: Policy) -> None:
         """Install the frontier of a solve that has come back from the device; never waits."""

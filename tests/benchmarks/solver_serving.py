@@ -39,7 +39,7 @@ def at_first_round(llm: Any, tokens: Sequence[int], action: Callable[[Solve], No
     proposer = engines.proposer_of(llm)
     choose = proposer.planning.choose
 
-    def spy(batch: Any, most: int, references: Any) -> Any:
+    def spy(batch: Any, most: int, references: Any, *rest: Any) -> Any:
         proposer.planning.choose = choose
         found = references()
 
@@ -51,7 +51,7 @@ def at_first_round(llm: Any, tokens: Sequence[int], action: Callable[[Solve], No
             return time.perf_counter() - started
 
         action(solve)
-        return choose(batch, most, references)
+        return choose(batch, most, references, *rest)
 
     proposer.planning.choose = spy
     engines.greedy(llm, [list(tokens)], 4)

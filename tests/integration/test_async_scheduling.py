@@ -117,6 +117,7 @@ def test_the_planner_decides(smollm2_path, prompts, reference, tmp_path, monkeyp
         assert sum(proposer_of(llm).stats.drafted_by_position) <= metric(llm, DRAFTED)
         stats = proposer.snapshot()["stats"]
     assert stats["solves"] >= 3
+    assert 0 < stats["measured_solve_us"] < sum(stats["phase_us"].values())
     # Plans that drafted, and their lengths.
     assert len({plan for plan, _ in decided if plan}) > 1
     assert len(decided) > 3

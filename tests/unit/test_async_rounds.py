@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from knapspec_vllm.draft.async_rounds import Sampled, between_us, mark
+from knapspec_vllm.draft.async_rounds import Marks, Sampled, Timing, between_us, mark
 from tests.helpers_no_sync import no_host_sync
 
 
@@ -40,3 +40,17 @@ def test_tokens_that_are_none_do_not_count() -> None:
 def test_moments_on_a_cpu() -> None:
     start = mark(torch.device("cpu"))
     assert 0 <= between_us(start, mark(torch.device("cpu"))) < 1e6
+
+
+class Solve:
+    time_us = 2e5
+
+
+def test_a_solve_is_no_part_of_the_step_behind_it() -> None:
+    """Both lie between the drafts before them and the step's tokens."""
+    with_solve = Marks(1.0, 1.75, 2.0, Solve()).read()
+    assert with_solve == Timing(step_us=5.5e5, draft_us=2.5e5, solve_us=2e5)
+    assert Marks(1.0, 1.75, 2.0).read() == Timing(step_us=7.5e5, draft_us=2.5e5)
+    # A pause before it; the clocks of host and device differ by a little.
+    assert Marks(None, 1.75, 2.0, Solve()).read() == Timing(None, 2.5e5, 2e5)
+    assert Marks(1.0, 1.125, 2.0, Solve()).read().step_us == 0
