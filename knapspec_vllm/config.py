@@ -81,9 +81,8 @@ class KnapSpecConfig:
     bins: int = 32
     """Cost levels of the frontier: the solver keeps the best plan of each."""
 
-    live_branches: int = 31
-    """Most partial plans the solver runs at once, besides the target. Bounds its memory and time;
-    31 and the target on 16 tokens are 512 rows, four tiles of a GPU's matrix products."""
+    live_branches: int = 32
+    """Most partial plans the solver runs at once. Bounds its memory and time."""
 
     max_saving: float = 0.75
     """Largest share of the item time a plan may save (above 0, at most 1)."""

@@ -51,10 +51,10 @@ class MeasuredRound:
     gained: float
     """Tokens that a row got, in the mean."""
     step_us: float
+    """Without solve_us, which a solve beside it took."""
+    solve_us: float
     draft_us: float
     own_us: float
-    solve_us: float
-    """Of a solve beside it; no part of step_us."""
     usual: bool
     """As later rounds of its kind will be: no solve beside it, nothing compiled."""
 
@@ -208,9 +208,8 @@ class Planning:
     def observe_round(self, measured: MeasuredRound) -> None:
         """What a round took, and what it was predicted to take."""
         batch, choice = measured.batch, measured.choice
-        self._stats.add_round(
-            measured.step_us, measured.own_us, measured.draft_us, measured.solve_us
-        )
+        solve_us = measured.solve_us
+        self._stats.add_round(measured.step_us, measured.own_us, measured.draft_us, solve_us)
         if self.policy is None or not measured.usual:
             return
         self.policy.observe_step(batch, measured.fed, measured.step_us)

@@ -126,18 +126,18 @@ MODELS = {
 
 
 def relax(batch: int = 32, dtype: torch.dtype = BF16, dim: int = 4096, modes: int = 3) -> object:
-    """The solver's choice among 32 branches, for `batch` reference tokens."""
-    streams = [torch.empty(32, batch, dim, dtype=dtype) for _ in range(modes)] + [None] * 2
+    """The solver's choice among 33 branches, for `batch` reference tokens."""
+    streams = [torch.empty(33, batch, dim, dtype=dtype) for _ in range(modes)] + [None] * 2
     full, window, skip = streams[:3]
     assert full is not None
     relaxed = dp_relax(
         full,
         window,
         skip,
-        torch.empty(32),
-        torch.empty(32, dtype=torch.bool),
+        torch.empty(33),
+        torch.empty(33, dtype=torch.bool),
         torch.empty(3),
-        rows_out=32,
+        rows_out=33,
         prune_cosine=0.5,
         max_saving=0.9,
         exchange_rate=0.1,

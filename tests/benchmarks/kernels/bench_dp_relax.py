@@ -15,7 +15,7 @@ from knapspec_vllm.kernels.reference import dp_relax as eager
 
 # (branches, tokens, d): the default number of branches on models of 135M, 8B and 70B parameters,
 # one token, and more branches than anybody should ask for
-SIZES = [(32, 32, 576), (32, 64, 4096), (32, 64, 8192), (32, 1, 4096), (341, 32, 4096)]
+SIZES = [(33, 32, 576), (33, 64, 4096), (33, 64, 8192), (33, 1, 4096), (341, 32, 4096)]
 TOY_SIZES = [(5, 3, 64)]
 SETTINGS: dict[str, Any] = {"prune_cosine": 0.5, "max_saving": 0.75, "exchange_rate": 0.1}
 
