@@ -6,7 +6,7 @@
 its saving is saved[parent] + savings[mode]. A program takes a few tokens of one branch in all
 modes, so that the target's states are read once for them. The last program to arrive adds up the
 tokens and chooses (dp_select.py).
-Padding: branches that are not alive are not read; rows left free repeat the target's values.
+Padding: dead branches are not read; of the M (rows_out) rows free ones repeat the target's values.
 Aliasing: outputs are fresh; inputs may overlap, their strides over branches and tokens may be 0.
 Launches on one device share the arrival counter and must be ordered, as those of one stream are.
 

@@ -139,7 +139,7 @@ def choose_branches(
     BLOCK_POOL: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr,
 ):
-    """All outputs of dp_relax, from the sums of all programs."""
+    """All outputs of dp_relax, from the sums of all programs; M is rows_out."""
     pool = branches * (1 + WINDOW + SKIP)
     index = tl.arange(0, BLOCK_POOL)
     exists = index < pool

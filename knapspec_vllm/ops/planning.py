@@ -63,7 +63,7 @@ def gather_branches(
     full: torch.Tensor, window: torch.Tensor | None, skip: torch.Tensor | None, rows: torch.Tensor
 ) -> torch.Tensor:
     """The streams [M, R, d] at `rows` [M] int32 of full, window and skip stacked; see dp_relax."""
-    check("rows", rows, (len(rows),))
+    check("rows", rows, (rows.numel(),))
     return run("dp_relax", full, full, window, skip, rows, name="gather_branches")
 
 

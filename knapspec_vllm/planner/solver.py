@@ -3,7 +3,7 @@
 
 Items in order; a branch is a partial plan with its residual stream. From every live branch the
 item is run in every mode, in one batched pass; a candidate's value is the cosine of its stream to
-the target's at the same depth, its weight the exact time it has saved; `selection.select` keeps the
+the target's at the same depth, its weight the exact time it has saved; `ops.dp_relax` chooses the
 branches that go on. The target itself runs along as branch 0, so nothing has to be collected
 beforehand. After KnapSpec (arXiv 2602.20217, Algorithm 1), which keeps one state per integer
 weight and advances one state at a time.
