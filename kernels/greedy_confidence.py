@@ -130,10 +130,13 @@ _PROGRAMS = 1024
 def greedy_confidence(
     # [B, V], any float dtype
     logits: torch.Tensor,
+    *,
+    confident: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Most likely token of each row and its softmax probability.
 
     Returns token ids `int64` [B] and probabilities `float32` [B]. The first of equal logits wins.
+    confident is the twin's: here the probability costs nothing beyond the pass over the logits.
     """
     ids, maximum, total = _partials(logits, 0, logits.shape[1], finish=True)
     if len(ids) == 1:

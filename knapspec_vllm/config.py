@@ -56,6 +56,11 @@ class KnapSpecConfig:
     """Who computes attention in draft forwards: vLLM's attention ``backend`` or KnapSpec's own
     ``kernel``. ``auto``: the one that calibration measured to be faster; on a CPU the backend."""
 
+    draft_head: Literal["auto", "full", "screened"] = "auto"
+    """How the draft's most likely token is found: by the model's ``full`` head, or ``screened``, by
+    a copy of it in 8-bit integers and the head's own weights for the likeliest few. ``auto``: on a
+    CPU the one that calibration measured to be faster, else ``full``."""
+
     draft_graphs: int = 32
     """Most draft steps kept as CUDA graphs, one for each plan and padded batch. 0: none. They need
     KnapSpec's own attention kernel, one rank and a server without ``--enforce-eager``."""

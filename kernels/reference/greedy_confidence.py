@@ -15,11 +15,18 @@ _LOWEST = torch.finfo(torch.float32).min
 def greedy_confidence(
     # [B, V], any float dtype
     logits: torch.Tensor,
+    *,
+    confident: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Most likely token of each row and its softmax probability.
 
     Returns token ids `int64` [B] and probabilities `float32` [B]. The first of equal logits wins.
+    If not confident, the probabilities are 1.0: the sum takes five times as long as the maximum
+    (8 rows of 49,152).
     """
+    if not confident:
+        maximum, token_ids = logits.max(-1)
+        return token_ids, torch.ones_like(maximum, dtype=torch.float32)
     token_ids, _, total = greedy_partials(logits, first_token=0, valid=logits.shape[1])
     return token_ids, _reciprocal(total)
 

@@ -17,7 +17,6 @@ import torch
 
 from knapspec_vllm.calibration.budget import Budget
 from knapspec_vllm.calibration.cells import Cell, cells_of
-from knapspec_vllm.draft.attention import AttentionPath
 from knapspec_vllm.draft.branches import VllmBranches
 from knapspec_vllm.draft.drafter import Drafter
 from knapspec_vllm.draft.engine import Engine
@@ -86,9 +85,9 @@ def warm_up(engine: Engine, drafter: Drafter, max_rows: int) -> None:
     """
     cells = list(cells_of(engine, 1, max_rows))
     for cell in {cells[0], cells[-1]}:
-        rows = _fake_rows(engine, cell, 1)
+        rows = fake_rows(engine, cell, 1)
         for plan in uniform_plans(engine.view.num_layers).values():
-            _draft_step(drafter, plan, rows, 1, captured=False)()
+            draft_step(drafter, plan, rows, 1, captured=False)()
 
 
 @torch.inference_mode()
@@ -104,7 +103,7 @@ def warm_up_solver(
     cells = list(cells_of(engine, 1, most_rows))
     most_rows = max(cell.rows for cell in cells)
     for cell in (cell for cell in cells if cell.rows in (1, most_rows)):
-        rows = _fake_rows(engine, cell, 1)
+        rows = fake_rows(engine, cell, 1)
         count = min(number // cell.rows, cell.context - 1)
         references = References(
             tokens=rows.tokens.repeat_interleave(count),
@@ -118,38 +117,6 @@ def warm_up_solver(
                 ItemWeights(1.0, window_us, 1.0),
                 settings,
             ).result()
-
-
-@torch.inference_mode()
-def faster_attention(engine: Engine, drafter: Drafter, max_rows: int) -> AttentionPath:
-    """Which attention path drafts a large batch faster, FULL and WINDOW together.
-
-    The caller puts the drafter on it. On a CPU it is vLLM's backend, unmeasured: the eager twin
-    gathers the context for every token, which a C++ kernel that reads it in place never loses to.
-    """
-    if engine.device.type == "cpu" or not engine.paged_kv:
-        return "backend"
-    if any(group.backend.get_name() == "FLASHINFER" for group in engine.attention_groups):
-        # Its builder keeps one plan of what to read: FULL layers of a draft that has WINDOW ones
-        # would read the window. And it waits for the device at every token.
-        return "kernel"
-    cell = list(cells_of(engine, 1, min(max_rows, 8)))[-1]
-    rows = _fake_rows(engine, cell, 1)
-    plans = uniform_plans(engine.view.num_layers)
-    paths: tuple[AttentionPath, ...] = ("backend", "kernel")
-    times_us: dict[AttentionPath, float] = {}
-    for path in paths:
-        drafter.attention_path = path
-        times_us[path] = sum(
-            min(_time(engine, _draft_step(drafter, plans[kind], rows, 1)))
-            for kind in ("draft_full", "draft_window")
-        )
-    faster = min(paths, key=times_us.__getitem__)
-    logger.info(
-        "KnapSpec drafts with %s attention (batch %d, context %d: backend %.0f us, kernel %.0f us)",
-        faster, cell.rows, cell.context, times_us["backend"], times_us["kernel"],
-    )  # fmt: skip
-    return faster
 
 
 def uniform_plans(num_layers: int) -> dict[str, Plan]:
@@ -171,7 +138,7 @@ def uniform_plans(num_layers: int) -> dict[str, Plan]:
 def _measure_cell(
     engine: Engine, drafter: Drafter, num_speculative_tokens: int, cell: Cell, budget: Budget
 ) -> list[CostSample]:
-    rows = _fake_rows(engine, cell, num_speculative_tokens)
+    rows = fake_rows(engine, cell, num_speculative_tokens)
     metadata = StepMetadata(engine)
     samples: list[CostSample] = []
 
@@ -179,7 +146,7 @@ def _measure_cell(
         context = cell.rows * cell.context
         samples.extend(
             CostSample(kind, cell.rows, tokens_per_row, context, time_us)
-            for time_us in _time(engine, run, budget.half_gone)
+            for time_us in time_us(engine, run, budget.half_gone)
         )
 
     verify = sorted({1, 2, 1 + (num_speculative_tokens + 1) // 2, 1 + num_speculative_tokens})
@@ -189,11 +156,11 @@ def _measure_cell(
                 "step", tokens_per_row, _target_step(engine, forward, cell.rows * tokens_per_row)
             )
     for kind, plan in uniform_plans(engine.view.num_layers).items():
-        sample(kind, 1, _draft_step(drafter, plan, rows, num_speculative_tokens))
+        sample(kind, 1, draft_step(drafter, plan, rows, num_speculative_tokens))
     return samples
 
 
-def _draft_step(
+def draft_step(
     drafter: Drafter, plan: Plan, rows: DraftRows, draft_length: int, captured: bool = True
 ) -> Work:
     """One step of a draft; gives its rows' tokens and counts.
@@ -221,17 +188,17 @@ def _target_step(engine: Engine, forward: Forward, tokens: int) -> Work:
     return run
 
 
-def _time(engine: Engine, run: Work, hurry: Callable[[], bool] = lambda: False) -> list[float]:
+def time_us(engine: Engine, run: Work, hurry: Callable[[], bool] = lambda: False) -> list[float]:
     """Microseconds of each repetition after a first one; in a hurry there is a single one, and the
     faster of it and the first: a lone slow moment would be the shape's price."""
-    first = _once(engine, run, queued=1)
+    first = once_us(engine, run, queued=1)
     times: list[float] = []
     while len(times) < _REPEATS and (not times or not hurry()):
-        times.append(_once(engine, run))
+        times.append(once_us(engine, run))
     return times if len(times) > 1 else [min(first, *times)]
 
 
-def _once(engine: Engine, run: Work, queued: int = _AHEAD) -> float:
+def once_us(engine: Engine, run: Work, queued: int = _AHEAD) -> float:
     """Microseconds until the host has what it gives; where the host runs ahead of the device, of
     one of `queued` in a row, none of which is read."""
     engine.synchronize()
@@ -247,7 +214,7 @@ def _once(engine: Engine, run: Work, queued: int = _AHEAD) -> float:
     return (time.perf_counter() - start) * 1e6 / queued
 
 
-def _fake_rows(engine: Engine, cell: Cell, num_speculative_tokens: int) -> DraftRows:
+def fake_rows(engine: Engine, cell: Cell, num_speculative_tokens: int) -> DraftRows:
     """Rows at position context - 1 with disjoint block tables where the cache is large enough."""
     per_row = -(-(cell.context + num_speculative_tokens + 1) // engine.block_size)
     blocks = torch.arange(cell.rows * per_row, dtype=torch.int32) % (engine.num_blocks - 1) + 1

@@ -13,7 +13,8 @@ import torch
 from knapspec_vllm import ops
 from knapspec_vllm.calibration.budget import Budget
 from knapspec_vllm.calibration.cells import measured_rows
-from knapspec_vllm.calibration.profiler import faster_attention, measure, warm_up, warm_up_solver
+from knapspec_vllm.calibration.faster import faster_attention, faster_head
+from knapspec_vllm.calibration.profiler import measure, warm_up, warm_up_solver
 from knapspec_vllm.calibration.steadiness import MOST_UNSTEADY, unsteadiness
 from knapspec_vllm.calibration.store import (
     Calibration,
@@ -50,6 +51,7 @@ def calibrate(proposer: KnapSpecProposer) -> None:
                 "window_tokens": config.window_tokens,
                 "sink_tokens": config.sink_tokens,
                 "draft_attention": config.draft_attention,
+                "draft_head": config.draft_head,
                 "draft_graphs": proposer.drafter.graphs is not None,
             },
             {
@@ -108,6 +110,7 @@ def _take_over(proposer: KnapSpecProposer, found: Calibration) -> None:
     assert engine is not None
     if engine.paged_kv:  # else our kernel cannot read the cache
         proposer.drafter.attention_path = found.attention_path
+    proposer.use_head(found.head)
     warm_up(engine, proposer.drafter, engine.vllm_config.scheduler_config.max_num_seqs)
 
 
@@ -170,6 +173,9 @@ def _measure(proposer: KnapSpecProposer) -> tuple[Calibration, str | None]:
     if proposer.config.draft_attention == "auto":
         path = faster_attention(engine, proposer.drafter, max_rows)
         proposer.drafter.attention_path = proposer.agreement.share(path)
+    if proposer.config.draft_head == "auto" and proposer.screen is not None:
+        head = faster_head(engine, proposer.drafter, proposer.screen, max_rows)
+        proposer.use_head(proposer.agreement.share(head))
     samples = measure(
         engine,
         proposer.drafter,
@@ -181,7 +187,10 @@ def _measure(proposer: KnapSpecProposer) -> tuple[Calibration, str | None]:
     logger.info(
         "KnapSpec measured %d cost samples in %.1f s", len(samples), time.perf_counter() - start
     )
-    found = Calibration(model, None, proposer.drafter.attention_path, measured_at=time.time())
+    drafter = proposer.drafter
+    found = Calibration(
+        model, None, drafter.attention_path, drafter.head.kind, measured_at=time.time()
+    )
     return proposer.agreement.share((found, _disturbed(samples)))
 
 

@@ -22,13 +22,14 @@ import torch
 import knapspec_vllm
 from knapspec_vllm import compat
 from knapspec_vllm.draft.attention import AttentionPath
+from knapspec_vllm.draft.head import HeadKind
 from knapspec_vllm.hardware import cpu_name
 from knapspec_vllm.planner.costs import CostModel
 from knapspec_vllm.planner.types import Frontier
 
 logger = logging.getLogger("vllm.knapspec")
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Calibration:
     frontier: Frontier | None
     attention_path: AttentionPath = "backend"
     """Who computes draft attention; the costs were measured with it."""
+    head: HeadKind = "full"
+    """Which head drafted when they were."""
     measured_at: float | None = None
     """When, in seconds of the epoch."""
 
@@ -68,7 +71,8 @@ class CalibrationStore:
             return Calibration(
                 CostModel.from_json(entry["costs"]),
                 None if frontier is None else Frontier.from_json(frontier),
-                _attention_path(entry["attention_path"]),
+                _one_of("attention_path", entry, ("backend", "kernel")),
+                _one_of("head", entry, ("full", "screened")),
                 entry.get("measured_at"),
             )
         except (ValueError, KeyError, TypeError) as error:
@@ -86,6 +90,7 @@ class CalibrationStore:
             "costs": calibration.costs.to_json(),
             "frontier": None if frontier is None else frontier.to_json(),
             "attention_path": calibration.attention_path,
+            "head": calibration.head,
             "measured_at": calibration.measured_at,
         }
         name = None
@@ -102,10 +107,10 @@ class CalibrationStore:
             logger.warning("KnapSpec could not store its calibration in %s: %s", self.path, error)
 
 
-def _attention_path(value: Any) -> AttentionPath:
-    if value not in ("backend", "kernel"):
-        raise ValueError(f"attention_path must be backend or kernel, got {value!r}")
-    return value
+def _one_of(name: str, entry: dict[str, Any], known: tuple[str, ...]) -> Any:
+    if entry[name] not in known:
+        raise ValueError(f"{name} must be {' or '.join(known)}, got {entry[name]!r}")
+    return entry[name]
 
 
 def store_directory(configured: str | None) -> Path:

@@ -52,7 +52,7 @@ class Drafter:
             "backend": BackendAttention(engine),
             "kernel": KernelAttention(engine, geometry),
         }
-        self._head = GreedyHead(engine.view)
+        self.head = GreedyHead(engine.view, confident=confidence_threshold > 0)
         self.attention_path: AttentionPath = "backend"
         #: Captured steps of the kernel path (a backend makes its metadata on the host).
         self.graphs: StepGraphs | None = None
@@ -132,7 +132,7 @@ class Drafter:
             def step() -> None:
                 refresh()
                 hidden = run_plan(view, plan, state.tokens, state.positions, core_of)
-                tokens, confidence = self._head(hidden)
+                tokens, confidence = self.head(hidden)
                 ops.draft_advance(state, tokens, confidence, threshold=self._threshold)
 
             yield step

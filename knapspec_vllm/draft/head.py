@@ -8,20 +8,29 @@ three numbers a row and rank say as much about the most likely token and its pro
 from __future__ import annotations
 
 import inspect
+from typing import Literal
 
 import torch
 
 from knapspec_vllm import ops
+from knapspec_vllm.draft.screened_head import ScreenedHead
 from knapspec_vllm.models.view import SublayerView
+
+HeadKind = Literal["full", "screened"]
+"""The model's head, or `ScreenedHead`."""
 
 
 class GreedyHead:
     """Most likely token of each row, the same on every tensor-parallel rank."""
 
-    def __init__(self, view: SublayerView) -> None:
+    def __init__(self, view: SublayerView, confident: bool) -> None:
+        """confident: whether anybody reads the probabilities; they may be 1.0 otherwise."""
         from vllm.distributed.parallel_state import get_tp_group
 
+        #: Drafts instead of the model's head.
+        self.screen: ScreenedHead | None = None
         self._view = view
+        self._confident = confident
         self._group = get_tp_group()
         processor = getattr(view.target, "logits_processor", None)
         head = getattr(view.target, "lm_head", None)
@@ -33,17 +42,33 @@ class GreedyHead:
             and "skip_gather" in inspect.signature(processor.forward).parameters
         )
 
+    @property
+    def kind(self) -> HeadKind:
+        return "full" if self.screen is None else "screened"
+
     def __call__(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden [T, d] -> token ids [T] int64, their probabilities [T] float32."""
+        if self.screen is not None:
+            token_ids, maximum, total = self.screen.partials(hidden, self._confident)
+            if self._group.world_size == 1:
+                return token_ids, total.reciprocal()
+            return self._merged(token_ids + self._first_token, maximum, total)
         if not self._sharded:
-            return ops.greedy_confidence(self._view.logits(hidden))
+            return ops.greedy_confidence(self._view.logits(hidden), confident=self._confident)
         target = self._view.target
         logits = target.logits_processor(target.lm_head, hidden, skip_gather=True)  # type: ignore[operator]
-        shard = target.lm_head.shard_indices  # type: ignore[union-attr]
-        first = shard.org_vocab_start_index
-        token_ids, maximum, total = ops.greedy_partials(
-            logits, first_token=first, valid=shard.org_vocab_end_index - first
-        )
+        first = self._first_token
+        last = target.lm_head.shard_indices.org_vocab_end_index  # type: ignore[union-attr]
+        return self._merged(*ops.greedy_partials(logits, first_token=first, valid=last - first))
+
+    @property
+    def _first_token(self) -> int:
+        """Of this rank's slice."""
+        return self._view.target.lm_head.shard_indices.org_vocab_start_index  # type: ignore[union-attr, return-value]
+
+    def _merged(
+        self, token_ids: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # Ids below 2^24 are exact in float32; larger vocabularies do not exist.
         mine = torch.stack([token_ids.float(), maximum, total])[None]
         everyone = self._group.all_gather(mine, dim=0)

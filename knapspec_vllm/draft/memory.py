@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What KnapSpec needs beyond plain vLLM, captured draft steps aside, which are measured as they are
-made. No weights and no KV cache of its own: this is all."""
+made, and the copy of the head, which knows its size (`ScreenedHead.bytes`). No KV cache of its own
+and no other weights: this is all."""
 
 from __future__ import annotations
 

@@ -24,12 +24,14 @@ from knapspec_vllm.draft.cache_layout import bind_layers
 from knapspec_vllm.draft.drafter import Drafter
 from knapspec_vllm.draft.engine import Engine, own_attention_groups
 from knapspec_vllm.draft.graphs import CudaCapture, StepGraphs, refusal
+from knapspec_vllm.draft.head import HeadKind
 from knapspec_vllm.draft.invariants import InvariantGuard
 from knapspec_vllm.draft.planning import Planning, Verified
 from knapspec_vllm.draft.references import References, newest_passages
 from knapspec_vllm.draft.round_clock import RoundClock
 from knapspec_vllm.draft.rows import Candidates, DraftRows
 from knapspec_vllm.draft.runner_rows import of_runner
+from knapspec_vllm.draft.screened_head import ScreenedHead, screen_of
 from knapspec_vllm.draft.snapshot import snapshot
 from knapspec_vllm.draft.target import Target
 from knapspec_vllm.draft.verify_graphs import VerifyGraphs
@@ -54,6 +56,8 @@ class KnapSpecProposer:
         #: Requests that drafted in the last round, and the plan that they drafted with.
         self._drafted: set[str] = set()
         self._drafted_plan: Plan | None = None
+        #: A head that may be faster than the model's, where there is one.
+        self.screen: ScreenedHead | None = None
         self._clock = RoundClock(self.stats)
         self.verify_graphs = VerifyGraphs(self.num_speculative_tokens, self.config.draft_graphs)
         #: Drafts instead of `propose_full` where vLLM schedules asynchronously.
@@ -67,7 +71,10 @@ class KnapSpecProposer:
 
     def load_model(self, target: torch.nn.Module) -> None:
         """Called by vLLM after the target's weights are loaded; refuses unknown layer kinds."""
-        models.bind(target)
+        view = models.bind(target)
+        on_cpu = self._vllm_config.device_config.device_type == "cpu"
+        # Now, because what is allocated after vLLM has measured its memory is not accounted for.
+        self.screen = screen_of(view, self.config, on_cpu)
 
     def attach(self, runner: Any) -> None:
         """Bind to a V1 runner whose KV cache is allocated. Idempotent."""
@@ -114,7 +121,15 @@ class KnapSpecProposer:
         if getattr(runner, "use_async_scheduling", False):
             self.asynchronous = AsyncDrafting(self, runner)
             self.scheduling = AsyncPlanning(self.asynchronous)
+        if self.config.draft_head == "screened":
+            self.use_head("screened")
         self._guard = InvariantGuard(self.engine) if self.config.debug_invariants else None
+
+    def use_head(self, kind: HeadKind) -> None:
+        """Draft with this head from now on; a screen that is not used is given up."""
+        if kind == "full":
+            self.screen = None
+        self.drafter.head.screen = self.screen
 
     def use(
         self,

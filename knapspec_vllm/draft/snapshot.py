@@ -27,6 +27,8 @@ def snapshot(proposer: KnapSpecProposer) -> dict[str, Any]:
     if graphs is not None or len(proposer.verify_graphs):
         taken = 0 if graphs is None else graphs.memory_bytes
         state["memory_bytes"]["graph"] = taken + proposer.verify_graphs.memory_bytes
+    if proposer.screen is not None:
+        state["memory_bytes"]["head"] = proposer.screen.bytes
     planning = proposer.planning
     if planning is None:
         return state

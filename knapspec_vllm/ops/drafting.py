@@ -27,14 +27,17 @@ def draft_advance(
     run("draft_advance", state.tokens, state, token_ids, confidence, threshold=threshold)
 
 
-def greedy_confidence(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def greedy_confidence(
+    logits: torch.Tensor, *, confident: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Most likely token of each row of logits [B, V] and its softmax probability.
 
     Returns token ids `int64` [B] and probabilities `float32` [B]; the first of equal logits wins.
+    confident=False: nobody reads the probabilities, which may then be 1.0.
     Raises ValueError unless `logits` has two dimensions.
     """
     _check_logits(logits)
-    return run("greedy_confidence", logits, logits)
+    return run("greedy_confidence", logits, logits, confident=confident)
 
 
 def greedy_partials(

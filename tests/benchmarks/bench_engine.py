@@ -219,7 +219,7 @@ class Cell:
         plan = proposer.planning.last_drafting_choice.plan
         if plan is None:
             return None
-        rows = profiler._fake_rows(
+        rows = profiler.fake_rows(
             proposer.engine,
             cells.Cell(self._batch, self._context),
             proposer.num_speculative_tokens,
@@ -227,8 +227,8 @@ class Cell:
         found = {}
         with torch.inference_mode():
             for name, captured in (("captured", True), ("launched", False)):
-                step = profiler._draft_step(proposer.drafter, plan, rows, 8, captured)
-                times = [profiler._once(proposer.engine, step) / 1e3 for _ in range(12)]
+                step = profiler.draft_step(proposer.drafter, plan, rows, 8, captured)
+                times = [profiler.once_us(proposer.engine, step) / 1e3 for _ in range(12)]
                 found[name] = statistics.median(times[2:])
         # Its blocks are in the prefix cache, and overwritten.
         self._llm.reset_prefix_cache()

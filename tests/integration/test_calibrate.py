@@ -95,14 +95,14 @@ def test_curves_of_a_busy_machine_are_not_kept(
     settings = {"max_model_len": 512, "max_num_seqs": 2, "skip_tokenizer_init": True}
     said: list[str] = []
     monkeypatch.setattr(startup.logger, "warning", lambda text, *more: said.append(text % more))
-    timed = profiler._time
+    timed = profiler.time_us
 
     def busy(*arguments) -> list[float]:
         fastest = min(timed(*arguments))
         return [fastest, 3.0 * fastest, 4.0 * fastest]
 
     with monkeypatch.context() as patch:
-        patch.setattr(profiler, "_time", busy)
+        patch.setattr(profiler, "time_us", busy)
         with engine(model, knapspec, **settings) as llm:
             proposer = proposer_of(llm)
             assert proposer.calibration["source"] == "measured"

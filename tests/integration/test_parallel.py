@@ -122,6 +122,22 @@ def test_two_ranks_give_the_tokens_of_one(
     assert [rank["tp_plan_mismatches"] for rank in ranks] == [0, 0]
 
 
+def test_two_ranks_screen_their_halves(model: Path, expected: list[list[int]]) -> None:
+    """Of each one's candidates the better: as many drafts are accepted as of the full head's."""
+    config = {**KNAPSPEC, "plan": "skip mlp:2", "draft_length": 4}
+    counted = []
+    for head in ("full", "screened"):
+        tokens, ranks = run(
+            model, tensor_parallel_size=2, distributed_executor_backend="mp",
+            speculative_config={**config, "draft_head": head},
+        )  # fmt: skip
+        assert tokens == expected
+        assert ("head" in ranks[1]["memory_bytes"]) is (head == "screened")
+        counted.append([agreed(ranks)[name] for name in ("draft_tokens", "accepted_tokens")])
+    assert counted[0] == counted[1]
+    assert counted[0][1] > 10
+
+
 @pytest.mark.parity
 def test_two_ranks_scheduled_ahead(model: Path, expected: list[list[int]]) -> None:
     """The scheduler asks workers in other processes; their answers count two steps later."""

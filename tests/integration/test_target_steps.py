@@ -54,7 +54,7 @@ def states(llm: Any, tokens_per_row: int) -> torch.Tensor:
     """Final states [ROWS * tokens_per_row, d] of the step, the second time: a whole step's own K/V
     is what the launched one before it has written."""
     served = proposer_of(llm).engine
-    rows = profiler._fake_rows(served, Cell(ROWS, CONTEXT), 8)
+    rows = profiler.fake_rows(served, Cell(ROWS, CONTEXT), 8)
     with served.target.step(StepMetadata(served), rows, tokens_per_row) as forward:
         forward()
         return forward()[: ROWS * tokens_per_row].clone()

@@ -54,6 +54,17 @@ def test_matches_softmax(rows, vocabulary, dtype, device):
     check(logits, *ops.greedy_confidence(logits))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_tokens_alone(dtype, device):
+    logits = randn(3, 49152, device, dtype)
+    token_ids, probability = ops.greedy_confidence(logits, confident=False)
+    values = logits.double().cpu().tolist()
+    assert token_ids.tolist() == [row.index(max(row)) for row in values]
+    assert probability.dtype is torch.float32
+    assert (probability > 0).all()
+    assert (probability <= 1).all()
+
+
 @pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("rows", [1, 3, 7], ids=["6-parts", "2-parts", "1-part"])
 def test_parts_of_several_steps(rows, device):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from knapspec_vllm.calibration import budget, profiler
+from knapspec_vllm.calibration import budget, faster, profiler
 from knapspec_vllm.calibration.cells import measured_rows
 from knapspec_vllm.calibration.steadiness import unsteadiness
 from knapspec_vllm.planner.costs import CostSample
@@ -39,7 +39,7 @@ def test_times_of_a_shape(
 
     monkeypatch.setattr(profiler, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     engine: Any = SimpleNamespace(synchronize=lambda: None, runs_ahead=False)
-    found = profiler._time(engine, run, lambda: clock[0] >= hurry)
+    found = profiler.time_us(engine, run, lambda: clock[0] >= hurry)
     assert [time_us / 1e6 for time_us in found] == pytest.approx(kept)
     assert not left
 
@@ -66,7 +66,7 @@ def test_a_host_that_runs_ahead_is_hidden(
 
     monkeypatch.setattr(profiler, "time", SimpleNamespace(perf_counter=lambda: host[0]))
     engine: Any = SimpleNamespace(synchronize=synchronize, runs_ahead=ahead)
-    found = profiler._once(engine, run) / 1e6
+    found = profiler.once_us(engine, run) / 1e6
     # The first of those in a row is not hidden.
     assert found == pytest.approx(expected, rel=2.0 / (3.0 * profiler._AHEAD) if ahead else 1e-6)
     assert bool(read) is not ahead
@@ -103,9 +103,9 @@ def test_flashinfer_drafts_with_our_kernel() -> None:
         attention_groups=(SimpleNamespace(backend=flashinfer),),
     )
     drafter: Any = None
-    assert profiler.faster_attention(engine, drafter, 8) == "kernel"
+    assert faster.faster_attention(engine, drafter, 8) == "kernel"
     engine.paged_kv = ()  # which it then cannot read
-    assert profiler.faster_attention(engine, drafter, 8) == "backend"
+    assert faster.faster_attention(engine, drafter, 8) == "backend"
 
 
 def test_measured_rows() -> None:
@@ -162,7 +162,7 @@ def test_ranks_measure_the_same_by_the_first_ranks_clock(monkeypatch: pytest.Mon
             return ()
 
         def cell(engine: Any, drafter: Any, tokens: int, cell: Any, budget: Any) -> list[Any]:
-            return [profiler._time(engine, run, budget.half_gone) for _ in range(2)]
+            return [profiler.time_us(engine, run, budget.half_gone) for _ in range(2)]
 
         for module in (budget, profiler):
             monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))

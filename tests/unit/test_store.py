@@ -25,7 +25,7 @@ def calibration() -> Calibration:
     ]
     plan = Plan((Mode.FULL, Mode.SKIP, Mode.WINDOW, Mode.FULL))
     frontier = Frontier((PlanEstimate(plan, 0.97, 14, 16),), 100, 1, "solved")
-    return Calibration(CostModel.fit(samples, 2, 640), frontier, "kernel")
+    return Calibration(CostModel.fit(samples, 2, 640), frontier, "kernel", "screened")
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -71,6 +71,10 @@ def _unknown_path(text: str) -> str:
     return json.dumps({**json.loads(text), "attention_path": "magic"})
 
 
+def _unknown_head(text: str) -> str:
+    return json.dumps({**json.loads(text), "head": "magic"})
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -80,6 +84,7 @@ def _unknown_path(text: str) -> str:
         _broken_costs,
         _broken_frontier,
         _unknown_path,
+        _unknown_head,
         lambda _: "[1, 2]",
     ],
 )
