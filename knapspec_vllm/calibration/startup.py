@@ -94,6 +94,8 @@ def calibrate(proposer: KnapSpecProposer) -> None:
     proposer.calibration = {
         "source": source if found is not None else "none",
         "hardware": hardware_name(),
+        "attention": proposer.drafter.attention_path,
+        "head": proposer.drafter.head.kind,
         "measured_at": None if found is None else found.measured_at,
         "path": str(store.path),
         "disturbed": disturbed,

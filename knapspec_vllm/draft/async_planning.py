@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from knapspec_vllm.draft.async_rounds import ROUND, AsyncRound, Decision, Timing
-from knapspec_vllm.draft.planning import MeasuredRound, Verified
+from knapspec_vllm.draft.observed import MeasuredRound, Verified
 from knapspec_vllm.draft.references import Passages, References, Wanted, newest_passages
 from knapspec_vllm.draft.round_clock import interrupted
 from knapspec_vllm.draft.rows import Candidates

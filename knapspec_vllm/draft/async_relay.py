@@ -18,7 +18,7 @@ from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.draft.async_planning import AsyncPlanning
 from knapspec_vllm.draft.async_rounds import REPORT, ROUND, AsyncRound, Report
 from knapspec_vllm.draft.engine import most_drafts
-from knapspec_vllm.draft.planning import MeasuredRound, Verified
+from knapspec_vllm.draft.observed import MeasuredRound, Verified
 from knapspec_vllm.draft.references import Passages, Wanted
 from knapspec_vllm.draft.verify_graphs import VerifyGraphs
 from knapspec_vllm.metrics.stats import Stats, StepCounts

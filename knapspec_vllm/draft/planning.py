@@ -6,11 +6,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.draft.agreement import Agreement
 from knapspec_vllm.draft.engine import Engine
+from knapspec_vllm.draft.observed import MeasuredRound, Verified
 from knapspec_vllm.draft.references import References, Wanted
 from knapspec_vllm.draft.solving import Solving
 from knapspec_vllm.draft.windows import WindowGeometry
@@ -25,38 +25,6 @@ logger = logging.getLogger("vllm.knapspec")
 _LOOK_EVERY = 8
 """Rounds for which a decision to decline holds while the batch stays of a kind. Deciding takes 0.1
 to 0.2 ms, 1% of a small model's step, and what is decided on changes over dozens of rounds."""
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What verification did to the drafts of one row, in tokens."""
-
-    accepted: int
-    drafted: int
-    """Scheduled."""
-    context: int
-    """The row's length."""
-    telling: bool = True
-    """Of the plan: a grammar cuts drafts by value."""
-
-
-@dataclass(frozen=True)
-class MeasuredRound:
-    """A round whose rows did nothing else, times in microseconds."""
-
-    batch: Batch
-    choice: Choice
-    fed: float
-    """Tokens a row that its step computed."""
-    gained: float
-    """Tokens that a row got, in the mean."""
-    step_us: float
-    """Without solve_us, which a solve beside it took."""
-    solve_us: float
-    draft_us: float
-    own_us: float
-    usual: bool
-    """As later rounds of its kind will be: no solve beside it, nothing compiled."""
 
 
 class Planning:

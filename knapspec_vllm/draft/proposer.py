@@ -26,7 +26,8 @@ from knapspec_vllm.draft.engine import Engine, own_attention_groups
 from knapspec_vllm.draft.graphs import CudaCapture, StepGraphs, refusal
 from knapspec_vllm.draft.head import HeadKind
 from knapspec_vllm.draft.invariants import InvariantGuard
-from knapspec_vllm.draft.planning import Planning, Verified
+from knapspec_vllm.draft.observed import Verified
+from knapspec_vllm.draft.planning import Planning
 from knapspec_vllm.draft.references import References, newest_passages
 from knapspec_vllm.draft.round_clock import RoundClock
 from knapspec_vllm.draft.rows import Candidates, DraftRows
@@ -64,7 +65,8 @@ class KnapSpecProposer:
         self.asynchronous: AsyncDrafting | None = None
         #: What its scheduler asks, if that has to; one of workers in other processes has its own.
         self.scheduling: AsyncPlanning | None = None
-        #: Where the cost curves come from: "source", "hardware", "measured_at" (seconds, epoch).
+        #: Where the cost curves come from: "source", "hardware", "measured_at" (seconds, epoch),
+        #: and what was chosen with them: "attention", "head".
         self.calibration: dict[str, Any] = {}
         #: Beyond plain vLLM's, by kind.
         self.memory_bytes: dict[str, int] = {}

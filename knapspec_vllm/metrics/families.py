@@ -107,7 +107,8 @@ def _batches(state: State) -> Iterable[Sample]:
 
 def _calibration(state: State) -> Iterable[Sample]:
     facts = state.get("calibration") or {}
-    return [((str(facts["hardware"]), str(facts["source"])), 1)] if facts else []
+    names = ("hardware", "source", "attention", "head")
+    return [(tuple(str(facts[name]) for name in names), 1)] if facts else []
 
 
 def _age(state: State) -> Iterable[Sample]:
@@ -186,7 +187,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("memory_bytes", "gauge",
            "Memory beyond plain vLLM's, at most, by kind. lookahead is part of the KV cache.",
            _mapping("memory_bytes"), ("kind",)),
-    Family("calibration_info", "gauge", "Where the cost curves come from.", _calibration,
-           ("hardware", "source")),
+    Family("calibration_info", "gauge",
+           "Where the cost curves come from, and with which attention and head drafts run.",
+           _calibration, ("hardware", "source", "attention", "head")),
     Family("calibration_age_seconds", "gauge", "Time since the cost curves were measured.", _age),
 )  # fmt: skip

@@ -129,7 +129,11 @@ def test_counts_agree_with_clients_and_with_vllm(server: Server) -> None:
     # Every round gives a row its accepted tokens and one more; prefill's is such a round.
     assert counted("knapspec:batch_size_sum") == tokens - accepted
     assert after.value("knapspec:plan_layers") == 30
-    assert after.labels("knapspec:calibration_info")["source"] == "measured"
+    calibration = after.labels("knapspec:calibration_info")
+    assert calibration["source"] == "measured"
+    assert calibration["head"] in ("full", "screened")
+    screened = after.total("knapspec:memory_bytes", kind="head") > 0
+    assert screened is (calibration["head"] == "screened")
     assert after.total("knapspec:memory_bytes", kind="solver") > 1e6
     assert after.value("knapspec:estimated_speedup_ratio") > 0
 

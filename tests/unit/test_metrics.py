@@ -52,7 +52,13 @@ def state(of: Stats) -> dict:
         "draft_length": 4,
         "predicted_speedup": 1.5,
         "believed_acceptance": 0.9,
-        "calibration": {"hardware": "a CPU", "source": "stored", "measured_at": 1.0},
+        "calibration": {
+            "hardware": "a CPU",
+            "source": "stored",
+            "attention": "backend",
+            "head": "screened",
+            "measured_at": 1.0,
+        },
         "memory_bytes": {"solver": 1000},
     }
 
@@ -116,7 +122,8 @@ def test_a_page_shows_what_was_counted(tmp_path: Path) -> None:
     assert found["knapspec:enabled", ()] == 1
     assert found["knapspec:tp_plan_mismatch_total", ()] == 2
     assert found["knapspec:clipped_rows_total", (("reason", "request"),)] == 2
-    assert found["knapspec:calibration_info", (("hardware", "a CPU"), ("source", "stored"))] == 1
+    chosen = (("attention", "backend"), ("hardware", "a CPU"), ("head", "screened"))
+    assert found["knapspec:calibration_info", (*chosen, ("source", "stored"))] == 1
     assert found["knapspec:calibration_age_seconds", ()] > 1e6
     names = {name for name, _ in found}
     for family in FAMILIES:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from knapspec_vllm.draft.planning import Planning, Verified
+from knapspec_vllm.draft.observed import Verified
+from knapspec_vllm.draft.planning import Planning
 from knapspec_vllm.planner.types import Batch, Choice
 from tests.helpers_planning import planning
 from tests.helpers_policy import HALF, LIGHT, frontier
