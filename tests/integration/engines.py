@@ -121,3 +121,22 @@ def assert_same_tokens(expected: list[list[int]], got: list[list[int]]) -> None:
                 f"request {i} differs at output token {at}: {want[at : at + 5]} became "
                 f"{have[at : at + 5]} (lengths {len(want)} and {len(have)})"
             )
+
+
+@torch.inference_mode()
+def output_states(llm: Any, prompts: list[list[int]], tokens: int) -> torch.Tensor:
+    """[T, d]: what vLLM hands to the model's head while it answers them, without drafts."""
+    view = proposer_of(llm).engine.view
+    compute_logits, seen = view.target.compute_logits, []
+
+    def noted(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden.clone())
+        return compute_logits(hidden)
+
+    view.target.compute_logits = noted
+    try:
+        force(llm, "skip mlp:1", 0)
+        greedy(llm, prompts, tokens)
+    finally:
+        view.target.compute_logits = compute_logits
+    return torch.cat(seen)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import engine, force, greedy, proposer_of, text_prompts
+from engines import engine, force, greedy, output_states, proposer_of, text_prompts
 
 from knapspec_vllm import ops
 from knapspec_vllm.bench.checkpoints import random_checkpoint
@@ -32,33 +32,16 @@ def llm(smollm2_path: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
         yield llm
 
 
-@torch.inference_mode()
-def states(llm: Any, prompts: list[list[int]]) -> torch.Tensor:
-    """[T, d]: the model's output states of the prompts, as vLLM hands them to its head."""
-    seen: list[torch.Tensor] = []
-    view = proposer_of(llm).engine.view
-    compute_logits = view.target.compute_logits
-    view.target.compute_logits = lambda hidden: (
-        seen.append(hidden.clone()) or compute_logits(hidden)
-    )
-    try:
-        force(llm, "skip mlp:1", 0)
-        greedy(llm, prompts, 24)
-    finally:
-        view.target.compute_logits = compute_logits
-    return torch.cat(seen)
-
-
 def test_tokens_and_probabilities_of_the_full_head(llm: Any, smollm2_path: Path) -> None:
     proposer = proposer_of(llm)
     view, screen = proposer.engine.view, proposer.screen
-    hidden = states(llm, text_prompts(smollm2_path, (40, 80, 120, 160)))
+    hidden = output_states(llm, text_prompts(smollm2_path, (40, 80, 120, 160)), 24)
     assert len(hidden) > 90
     with torch.inference_mode():
         wanted, probability = ops.greedy_confidence(view.logits(hidden))
         token_ids, _, total = screen.partials(hidden, True)
         unsure, _, ones = screen.partials(hidden, False)
-        rough = screen._kernel.apply_weights(screen._layer, hidden.bfloat16()).argmax(dim=-1)
+        rough = screen.rough_logits(hidden).argmax(dim=-1)
     assert torch.equal(token_ids, wanted)
     assert torch.equal(unsure, wanted)
     assert (rough != wanted).any(), "what it is compared with could not be told from it"
