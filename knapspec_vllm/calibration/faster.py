@@ -59,12 +59,16 @@ def faster_attention(engine: Engine, drafter: Drafter, max_rows: int) -> Attenti
 def faster_head(engine: Engine, drafter: Drafter, screen: ScreenedHead, max_rows: int) -> HeadKind:
     """Which head finds the tokens of one row and of a large batch faster, both together.
 
-    The caller gives it to the drafter. Each is timed behind a draft forward, which leaves of the
-    weights in the caches what drafting leaves there.
+    The caller gives it to the drafter. Each is timed behind a draft forward that ended with the
+    other: what a forward leaves of its weights in the caches is what drafting leaves there.
     """
     cells = list(cells_of(engine, 1, min(max_rows, _LARGE)))
     width = engine.vllm_config.model_config.get_hidden_size()
-    heads: dict[HeadKind, ScreenedHead | None] = {"full": None, "screened": screen}
+    # Each with what the forward before it ends with.
+    heads: dict[HeadKind, tuple[ScreenedHead | None, ScreenedHead | None]] = {
+        "full": (None, screen),
+        "screened": (screen, None),
+    }
     times_us: dict[HeadKind, float] = dict.fromkeys(heads, 0.0)
     for cell in {cells[0], cells[-1]}:
         step = draft_step(
@@ -77,10 +81,11 @@ def faster_head(engine: Engine, drafter: Drafter, screen: ScreenedHead, max_rows
         hidden = torch.randn(cell.rows, width, device=engine.device).to(engine.dtype)
         fastest = dict.fromkeys(heads, float("inf"))
         for _ in range(1 + _HEAD_REPEATS):  # the first is slower, so never the fastest
-            for kind, head in heads.items():
-                drafter.head.screen = head
+            for kind, (head, before) in heads.items():
+                drafter.head.screen = before
                 step()
                 engine.synchronize()
+                drafter.head.screen = head
                 start = time.perf_counter()
                 drafter.head(hidden)
                 engine.synchronize()

@@ -42,7 +42,54 @@ def calibrate(proposer: KnapSpecProposer) -> None:
     """
     engine, config, agreement = proposer.engine, proposer.config, proposer.agreement
     assert engine is not None
-    store = CalibrationStore(
+    store = _store_of(proposer)
+    source, disturbed = "stored", None
+    found = agreement.share(_stored(proposer, store))
+    if found is not None:
+        logger.info("KnapSpec uses the calibration stored in %s", store.path)
+    elif config.calibration != "off" and not leaves_no_choice(config.plan, config.draft_length):
+        (found, disturbed), source = _measure(proposer), "measured"
+        if agreement.leads:
+            _store(store, found, disturbed)
+
+    def keep(frontier: Frontier) -> None:
+        if found is not None and disturbed is None:
+            store.save(dataclasses.replace(found, frontier=frontier))
+
+    costs, frontier = None, None
+    if found is not None:
+        costs, frontier = found.costs, found.frontier
+        if frontier is not None:
+            frontier = dataclasses.replace(frontier, source="stored")
+        if source == "stored":
+            _take_over(proposer, found)
+    elif config.draft_head == "auto":
+        proposer.use_head("full")  # nobody has compared them
+    solver = None
+    if costs is not None and engine.device.type != "cpu":
+        solver = _prepared_solver(proposer)
+    if proposer.drafter.graphs is not None:
+        proposer.drafter.graphs.clear()
+    proposer.calibration = {
+        "source": source if found is not None else "none",
+        "hardware": hardware_name(),
+        "attention": proposer.drafter.attention_path,
+        "head": proposer.drafter.head.kind,
+        "measured_at": None if found is None else found.measured_at,
+        "path": str(store.path),
+        "disturbed": disturbed,
+    }
+    proposer.memory_bytes = added_bytes(engine, config, proposer.num_speculative_tokens)
+    proposer.use(costs, frontier, keep)
+    assert proposer.planning is not None
+    proposer.planning.solving.graphs = solver
+
+
+def _store_of(proposer: KnapSpecProposer) -> CalibrationStore:
+    """Where curves are kept of an engine like this one."""
+    engine, config = proposer.engine, proposer.config
+    assert engine is not None
+    return CalibrationStore(
         store_directory(config.store_dir),
         fingerprint(
             engine.vllm_config,
@@ -64,46 +111,18 @@ def calibrate(proposer: KnapSpecProposer) -> None:
             },
         ),
     )
-    found, source, disturbed = None, "stored", None
-    if config.draft_length != 0 and config.calibration != "force" and agreement.leads:
-        found = store.load()
-    found = agreement.share(found)
-    if found is not None:
-        logger.info("KnapSpec uses the calibration stored in %s", store.path)
-    elif config.calibration != "off" and not leaves_no_choice(config.plan, config.draft_length):
-        (found, disturbed), source = _measure(proposer), "measured"
-        if agreement.leads:
-            _store(store, found, disturbed)
 
-    def keep(frontier: Frontier) -> None:
-        if found is not None and disturbed is None:
-            store.save(dataclasses.replace(found, frontier=frontier))
 
-    costs, frontier = None, None
-    if found is not None:
-        costs, frontier = found.costs, found.frontier
-        if source == "stored":
-            _take_over(proposer, found)
-    solver = None
-    if costs is not None and engine.device.type != "cpu":
-        solver = _prepared_solver(proposer)
-    if proposer.drafter.graphs is not None:
-        proposer.drafter.graphs.clear()
-    if frontier is not None:
-        frontier = dataclasses.replace(frontier, source="stored")
-    proposer.calibration = {
-        "source": source if found is not None else "none",
-        "hardware": hardware_name(),
-        "attention": proposer.drafter.attention_path,
-        "head": proposer.drafter.head.kind,
-        "measured_at": None if found is None else found.measured_at,
-        "path": str(store.path),
-        "disturbed": disturbed,
-    }
-    proposer.memory_bytes = added_bytes(engine, config, proposer.num_speculative_tokens)
-    proposer.use(costs, frontier, keep)
-    assert proposer.planning is not None
-    proposer.planning.solving.graphs = solver
+def _stored(proposer: KnapSpecProposer, store: CalibrationStore) -> Calibration | None:
+    """What of the store may be used; None on ranks that do not lead."""
+    config = proposer.config
+    if not proposer.agreement.leads or config.draft_length == 0 or config.calibration == "force":
+        return None
+    found = store.load()
+    if found is not None and found.head == "screened" and proposer.screen is None:
+        logger.warning("KnapSpec ignores %s: there is no screened head now", store.path)
+        return None
+    return found
 
 
 def _take_over(proposer: KnapSpecProposer, found: Calibration) -> None:

@@ -74,9 +74,8 @@ class KnapSpecProposer:
     def load_model(self, target: torch.nn.Module) -> None:
         """Called by vLLM after the target's weights are loaded; refuses unknown layer kinds."""
         view = models.bind(target)
-        on_cpu = self._vllm_config.device_config.device_type == "cpu"
         # Now, because what is allocated after vLLM has measured its memory is not accounted for.
-        self.screen = screen_of(view, self.config, on_cpu)
+        self.screen = screen_of(view, self.config, self._vllm_config)
 
     def attach(self, runner: Any) -> None:
         """Bind to a V1 runner whose KV cache is allocated. Idempotent."""
@@ -129,6 +128,7 @@ class KnapSpecProposer:
 
     def use_head(self, kind: HeadKind) -> None:
         """Draft with this head from now on; a screen that is not used is given up."""
+        assert kind == "full" or self.screen is not None
         if kind == "full":
             self.screen = None
         self.drafter.head.screen = self.screen

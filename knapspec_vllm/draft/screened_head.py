@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The head's most likely token, read at half the bytes or less.
 
-A draft skips layers, never the head: of a draft forward of SmolLM2-135M's block expansion it is 13%
-(one row), of a light plan of the model itself a third. Here every token gets a rough logit from a
-copy of the head in 8-bit integers, and the `CANDIDATES` highest get theirs from the head's own
-weights: screening, after Chen et al., "Learning to Screen for Fast Softmax Inference on Large
-Vocabulary Neural Networks" (ICLR 2019), with a smaller type of number in place of what they learn.
+A draft skips layers, never the head: of a draft forward that skips two thirds of SmolLM2-135M's
+block expansion it is 13% (one row). Here every token gets a rough logit from a copy of the head in
+8-bit integers, and the `CANDIDATES` highest get theirs from the head's own weights: screening,
+after Chen et al., "Learning to Screen for Fast Softmax Inference on Large Vocabulary Neural
+Networks" (ICLR 2019), with a smaller type of number in place of what they learn.
 
 The product is vLLM's own of 8-bit weights and activations (per channel, per token), on every
-platform for which it has one. Over 11,201 states of SmolLM2 its highest logit is that of the head
-in float32 for 95.8%, among its 4 highest it is for 99.97% and among 8 for all, where rounding the
-logits to bfloat16 alone leaves 98.2%. Tried and left: a shortlist of frequent tokens and those of
-the context (8,192 of 49,152 hold 92 to 95% of the next tokens of manuals and sources, 16,384 95 to
-97%), and SVD-softmax (144 of 576 dimensions: the best is among the 256 highest for 98%, and
-the sum of the others' exponentials means nothing).
+platform for which it has one. Over 2,049 states of SmolLM2's answers its highest logit is that of
+the full head for 96.5%, and the candidates hold the full head's token for all (`bench_head.py`). In
+an earlier run over 11,201 states of texts its 4 highest held the token of the head in float32 for
+99.97%, its 8 highest for all; rounding the logits to bfloat16 alone changes 1.8% of the tokens.
+Tried and left: a shortlist of frequent tokens and those of the context (8,192 of 49,152 hold 92 to
+95% of the next tokens of manuals and sources, 16,384 95 to 97%), and SVD-softmax (144 of 576
+dimensions: the best is among the 256 highest for 98%, and the sum of the others' exponentials means
+nothing).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from knapspec_vllm.config import KnapSpecConfig, leaves_no_choice
+from knapspec_vllm.config import KnapSpecConfig
 from knapspec_vllm.models.view import SublayerView
 
 logger = logging.getLogger("vllm.knapspec")
@@ -39,36 +41,50 @@ class NoScreenError(ValueError):
     """This model's head, or this platform, has none; the message says why."""
 
 
-def screen_of(view: SublayerView, config: KnapSpecConfig, on_cpu: bool) -> ScreenedHead | None:
+def screen_of(view: SublayerView, config: KnapSpecConfig, vllm_config: Any) -> ScreenedHead | None:
     """The screen that may draft by this configuration, None for none.
 
-    With `auto` one that calibration can compare with the head itself, and on a CPU only: it has not
-    been measured elsewhere. Raises NoScreenError where it was asked for and there is none.
+    With `auto` on a CPU only: it has not been measured elsewhere. Raises NoScreenError where it was
+    asked for and there is none.
     """
-    if config.draft_head == "auto":
-        compared = config.calibration != "off" and not leaves_no_choice(
-            config.plan, config.draft_length
-        )
-        if not (on_cpu and compared):
-            return None
-    elif config.draft_head == "full":
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    asked = config.draft_head == "screened"
+    if config.draft_length == 0 or not (asked or (config.draft_head == "auto" and on_cpu)):
         return None
-    try:
-        return ScreenedHead(view)
-    except NoScreenError as error:
-        if config.draft_head == "screened":
-            raise NoScreenError(
-                f'draft_head=screened: {error}; write "draft_head": "full"'
-            ) from error
-        logger.info("KnapSpec drafts with the full head: %s", error)
-        return None
+    screen, why = None, "another tensor-parallel rank has no screen"
+    if vllm_config.model_config.enable_sleep_mode:
+        why = "vLLM does not restore the copy of a server that slept (enable_sleep_mode)"
+    else:
+        try:
+            screen = ScreenedHead(view)
+        except Exception as error:  # whatever it is, the model's own head will do
+            why = str(error) or repr(error)
+    if _everywhere(screen is not None):
+        return screen
+    if asked:
+        raise NoScreenError(f'draft_head=screened: {why}; write "draft_head": "full"')
+    logger.info("KnapSpec drafts with the full head: %s", why)
+    return None
+
+
+def _everywhere(here: bool) -> bool:
+    """Whether it is so on every tensor-parallel rank: they compare heads together."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    if group.world_size == 1:
+        return here
+    flag = torch.tensor(int(here))
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return bool(flag)
 
 
 class ScreenedHead:
     """The rank's part of a head: of its `valid` tokens the most likely, and how likely it is.
 
-    Holds [V, d] bytes and [V] float32 of its own. Weights that vLLM loads anew later make the rough
-    logits stale, not the exact ones.
+    Holds [V, d] bytes and twice [V] float32 of its own. Weights that are loaded anew while it
+    serves have a screen of their own from the next draft on where vLLM makes new products of them
+    (CPUs); elsewhere they leave it stale, which costs acceptance and nothing else.
     """
 
     @torch.inference_mode()
@@ -79,13 +95,19 @@ class ScreenedHead:
             raise NoScreenError(why)
         self._head, self._processor = target.lm_head, target.logits_processor
         self.valid = _valid(self._head)
-        self._layer = _Int8Layer(self._head.weight[: self.valid])
-        self.bytes = self.valid * (self._head.weight.shape[1] + 4)
+        if not self.valid:
+            raise NoScreenError("this rank's slice of the head has no tokens")
+        self.bytes = self.valid * (self._head.weight.shape[1] + 8)
         dtype = self._head.weight.dtype
         # Some of vLLM's 8-bit products take and give nothing wider.
         self._rough_dtype = torch.bfloat16 if dtype == torch.float32 else dtype
-        self._kernel = _kernel(self._layer, self._rough_dtype)
+        self._copy()
         self._try()
+
+    def _copy(self) -> None:
+        self._product = getattr(self._head, "cpu_linear", None)
+        self._layer = _Int8Layer(self._head.weight[: self.valid])
+        self._kernel = _kernel(self._layer, self._rough_dtype)
 
     def partials(
         self, hidden: torch.Tensor, confident: bool
@@ -114,6 +136,8 @@ class ScreenedHead:
 
     def rough_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [T, d] -> [T, valid], off by 2.5% (root mean square, SmolLM2)."""
+        if getattr(self._head, "cpu_linear", None) is not self._product:
+            self._copy()
         return self._kernel.apply_weights(self._layer, hidden.to(self._rough_dtype))
 
     def _finished(self, logits: torch.Tensor) -> torch.Tensor:
@@ -130,10 +154,7 @@ class ScreenedHead:
         states = states / states.float().norm(dim=-1, keepdim=True).clamp(min=1e-6)
         states = (states * states.shape[-1] ** 0.5).to(self._head.weight.dtype)
         logits = self._head.quant_method.apply(self._head, states)
-        try:
-            found, _, _ = self.partials(states, False)
-        except RuntimeError as error:
-            raise NoScreenError(f"vLLM's 8-bit product does not take it: {error}") from error
+        found, _, _ = self.partials(states, False)
         highest = logits[:, : self.valid].max(dim=-1).values.float()
         mine = logits.gather(1, found[:, None])[:, 0].float()
         # Not the ids: of rows of a head that are alike, any is as good.
@@ -174,11 +195,13 @@ class _Int8Layer(nn.Module):
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
-        scales = weight.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-8) / 127.0
+        scales = torch.empty(len(weight), 1, device=weight.device)
         rounded = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        for start in range(0, len(weight), 4096):  # the quotients have four bytes each
+        for start in range(0, len(weight), 4096):  # at once it would be a second head, in float32
             rows = slice(start, start + 4096)
-            rounded[rows] = (weight[rows].float() / scales[rows]).round().to(torch.int8)
+            part = weight[rows].float()
+            scales[rows] = part.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / 127.0
+            rounded[rows] = (part / scales[rows]).round().to(torch.int8)
         self.weight = nn.Parameter(rounded, requires_grad=False)
         self.weight_scale = nn.Parameter(scales, requires_grad=False)
         self.logical_widths = [len(weight)]
@@ -187,10 +210,8 @@ class _Int8Layer(nn.Module):
 
 def _kernel(layer: _Int8Layer, dtype: torch.dtype) -> Any:
     """vLLM's product with 8-bit weights for this platform, the layer's made ready for it."""
-    try:
-        from vllm.model_executor.kernels.linear import init_int8_linear_kernel
-    except ImportError as error:
-        raise NoScreenError(f"this vLLM has no 8-bit product where 0.32 has it: {error}") from None
+    from vllm.model_executor.kernels.linear import init_int8_linear_kernel
+
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # of the product, on a CPU
     try:
@@ -201,8 +222,6 @@ def _kernel(layer: _Int8Layer, dtype: torch.dtype) -> Any:
             module_name="KnapSpec's draft head",
         )
         kernel.process_weights_after_loading(layer)
-    except (ValueError, RuntimeError, AttributeError) as error:
-        raise NoScreenError(f"vLLM has no 8-bit product for it here: {error}") from error
     finally:
         torch.set_default_dtype(usual)
     return kernel

@@ -2,7 +2,8 @@
 """The draft's head, full and screened: `python tests/benchmarks/bench_head.py --out F.json`.
 
 One engine in this process. For each number of rows the heads take turns, each behind a draft
-forward of everything, which leaves of the weights in the caches what drafting leaves there:
+forward of everything that ended with the other kind of head: what it leaves of its weights in the
+caches is what drafting leaves there.
 
 full, probabilities   the model's head and the sum of exponentials that `confidence_threshold` needs
 full                  the model's head and the highest logit
@@ -92,6 +93,7 @@ def times(llm: Any, states: torch.Tensor, rows: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in heads}
     for _ in range(TURNS):
         for name, head in heads.items():
+            proposer.drafter.head.screen = None if name == "screened" else proposer.screen
             step()
             served.synchronize()
             start = time.perf_counter()
