@@ -145,8 +145,8 @@ def _measure_cell(
     def sample(kind: str, tokens_per_row: int, run: Work) -> None:
         context = cell.rows * cell.context
         samples.extend(
-            CostSample(kind, cell.rows, tokens_per_row, context, time_us)
-            for time_us in time_us(engine, run, budget.half_gone)
+            CostSample(kind, cell.rows, tokens_per_row, context, taken_us)
+            for taken_us in time_us(engine, run, budget.half_gone)
         )
 
     verify = sorted({1, 2, 1 + (num_speculative_tokens + 1) // 2, 1 + num_speculative_tokens})
