@@ -8,12 +8,12 @@ three numbers a row and rank say as much about the most likely token and its pro
 from __future__ import annotations
 
 import inspect
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from knapspec_vllm import ops
-from knapspec_vllm.draft.screened_head import ScreenedHead
+from knapspec_vllm.draft.screened_head import ScreenedHead, slice_of
 from knapspec_vllm.models.view import SublayerView
 
 HeadKind = Literal["full", "screened"]
@@ -52,19 +52,13 @@ class GreedyHead:
             token_ids, maximum, total = self.screen.partials(hidden, self._confident)
             if self._group.world_size == 1:
                 return token_ids, total.reciprocal()
-            return self._merged(token_ids + self._first_token, maximum, total)
+            return self._merged(token_ids, maximum, total)
         if not self._sharded:
             return ops.greedy_confidence(self._view.logits(hidden), confident=self._confident)
-        target = self._view.target
-        logits = target.logits_processor(target.lm_head, hidden, skip_gather=True)  # type: ignore[operator]
-        first = self._first_token
-        last = target.lm_head.shard_indices.org_vocab_end_index  # type: ignore[union-attr]
-        return self._merged(*ops.greedy_partials(logits, first_token=first, valid=last - first))
-
-    @property
-    def _first_token(self) -> int:
-        """Of this rank's slice."""
-        return self._view.target.lm_head.shard_indices.org_vocab_start_index  # type: ignore[union-attr, return-value]
+        target: Any = self._view.target
+        logits = target.logits_processor(target.lm_head, hidden, skip_gather=True)
+        first, valid = slice_of(target.lm_head)
+        return self._merged(*ops.greedy_partials(logits, first_token=first, valid=valid))
 
     def _merged(
         self, token_ids: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor

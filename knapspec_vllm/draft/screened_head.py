@@ -94,7 +94,7 @@ class ScreenedHead:
         if (why := _refusal(target)) is not None:
             raise NoScreenError(why)
         self._head, self._processor = target.lm_head, target.logits_processor
-        self.valid = _valid(self._head)
+        self._first_token, self.valid = slice_of(self._head)
         if not self.valid:
             raise NoScreenError("this rank's slice of the head has no tokens")
         self.bytes = self.valid * (self._head.weight.shape[1] + 8)
@@ -112,7 +112,7 @@ class ScreenedHead:
     def partials(
         self, hidden: torch.Tensor, confident: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """hidden [T, d] -> local token ids [T] int64, their logits and, if confident, the sum of
+        """hidden [T, d] -> token ids [T] int64, their logits and, if confident, the sum of
         exp(logit - maximum) over the rank's tokens, [T] float32 each; else ones.
 
         Of candidates with equal logits the first wins, as in the head itself. Only the candidates'
@@ -125,9 +125,10 @@ class ScreenedHead:
         exact = products.sum(dim=-1).to(hidden.dtype)
         maximum = exact.amax(dim=-1, keepdim=True)
         token_ids = candidates.masked_fill(exact < maximum, self.valid).amin(dim=-1)
+        token_ids += self._first_token
         if not confident:
-            nothing = maximum[:, 0].float()
-            return token_ids, nothing, torch.ones_like(nothing)
+            highest = maximum[:, 0].float()
+            return token_ids, highest, torch.ones_like(highest)
         exact, rough_best, rough = (self._finished(x) for x in (exact, rough_best, rough))
         maximum = exact.amax(dim=-1, keepdim=True)
         total = (rough - maximum).exp().sum(dim=-1)
@@ -156,7 +157,7 @@ class ScreenedHead:
         logits = self._head.quant_method.apply(self._head, states)
         found, _, _ = self.partials(states, False)
         highest = logits[:, : self.valid].max(dim=-1).values.float()
-        mine = logits.gather(1, found[:, None])[:, 0].float()
+        mine = logits.gather(1, found[:, None] - self._first_token)[:, 0].float()
         # Not the ids: of rows of a head that are alike, any is as good.
         if not torch.allclose(mine, highest, rtol=0.02, atol=1e-3):
             raise NoScreenError("its rough logits do not lead to the head's highest ones")
@@ -184,10 +185,10 @@ def _refusal(target: Any) -> str | None:
     return None
 
 
-def _valid(head: Any) -> int:
-    """Rows of this rank's weight that are tokens; padding follows them."""
-    shard = head.shard_indices
-    return int(shard.org_vocab_end_index - shard.org_vocab_start_index)
+def slice_of(head: Any) -> tuple[int, int]:
+    """The first token of this rank's slice of a head, and how many: padding follows them."""
+    first = int(head.shard_indices.org_vocab_start_index)
+    return first, int(head.shard_indices.org_vocab_end_index) - first
 
 
 class _Int8Layer(nn.Module):
